@@ -1,0 +1,1 @@
+"""Training: DeepSpeed's engine behind one train step and one loop."""

@@ -1,0 +1,33 @@
+"""A fingerprint of what a step really trained on: ids, times and masks, in global order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import xxhash
+
+from dlm_scale.diffusion.corruption import Corrupted
+
+
+def row_hashes(corrupted: Corrupted) -> np.ndarray:
+    """xxh3-64 of each row's noised ids, clean ids at the masked places, mask and time; int64 [B]."""
+    xt_BL, mask_BL = corrupted.xt_BL.cpu().numpy(), corrupted.is_masked_BL.cpu().numpy()
+    clean_BL = xt_BL.copy()
+    clean_BL.reshape(-1)[corrupted.rows_N.cpu().numpy()] = corrupted.target_N.cpu().numpy()
+    parts = (clean_BL, xt_BL, mask_BL, corrupted.t_B.cpu().numpy())
+    digests = [xxhash.xxh3_64(b"".join(part[row].tobytes() for part in parts)).intdigest() for row in range(len(xt_BL))]
+    return np.array(digests, dtype=np.uint64).view(np.int64)
+
+
+def batch_hash(batch: Sequence[Corrupted], mesh, device: torch.device) -> str:
+    """The global batch's hash: equal for every split into ranks and micro-batches. Collective over the data group."""
+    local = torch.from_numpy(np.stack([row_hashes(corrupted) for corrupted in batch])).to(device)
+    gathered = [local]
+    if mesh.data_size > 1:
+        gathered = [torch.empty_like(local) for _ in range(mesh.data_size)]
+        dist.all_gather(gathered, local, group=mesh.data_group)
+    in_order = torch.stack(gathered, dim=1).cpu().numpy()
+    return xxhash.xxh3_128(in_order.tobytes()).hexdigest()

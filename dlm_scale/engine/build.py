@@ -1,0 +1,71 @@
+"""From a config to a DeepSpeed engine that holds the model."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dlm_scale.config import resolve_batch
+from dlm_scale.engine.deepspeed_config import deepspeed_dict, zero_stage
+from dlm_scale.engine.optimizer import AdamW, parameter_groups
+from dlm_scale.engine.runtime import Runtime, import_deepspeed
+from dlm_scale.engine.state_access import StateAccess
+from dlm_scale.model.parameters import ParameterSpec, parameter_table
+from dlm_scale.model.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Everything that a train step needs and that does not change during a run."""
+
+    config: Any
+    runtime: Runtime
+    vocabulary: Any
+    engine: Any
+    table: dict[str, ParameterSpec]
+    state_access: StateAccess
+    stage: int
+    accumulation: int
+
+
+def build_trainer(config: Any, runtime: Runtime, vocabulary: Any) -> Trainer:
+    """Build model, optimizer and engine; the weights are not set yet (`StateAccess.fill`). Collective."""
+    accumulation = resolve_batch(config, runtime.mesh.data_size)
+    stage, ds_config = zero_stage(config), deepspeed_dict(config, accumulation)
+    deepspeed = import_deepspeed()
+    table = parameter_table(config.model, vocabulary)
+    with _zero_init(deepspeed, stage, ds_config, runtime):
+        model = Transformer(config.model, vocabulary, checkpoint_every=config.train.activation_checkpoint_every)
+    check_against_table(model, table)
+    if stage < 3:
+        model = model.to(runtime.device)
+    optimizer = _optimizer(config, model, table)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    access = StateAccess(engine, stage, table, runtime.mesh)
+    return Trainer(config, runtime, vocabulary, engine, table, access, stage, accumulation)
+
+
+def _zero_init(deepspeed: Any, stage: int, ds_config: dict, runtime: Runtime) -> Any:
+    """Under ZeRO-3 parameters are born partitioned, over the data-parallel group (never the whole world)."""
+    if stage < 3:
+        return contextlib.nullcontext()
+    dtype = torch.bfloat16 if "bf16" in ds_config else torch.float32
+    return deepspeed.zero.Init(
+        data_parallel_group=runtime.mesh.data_group, config_dict_or_path=ds_config, dtype=dtype
+    )
+
+
+def _optimizer(config: Any, model: torch.nn.Module, table: dict[str, ParameterSpec]) -> AdamW:
+    options = config.optimizer
+    groups = parameter_groups(model.named_parameters(), table, options.weight_decay)
+    return AdamW(groups, betas=(options.beta1, options.beta2), eps=options.eps, ema_decay=config.train.ema_decay)
+
+
+def check_against_table(model: torch.nn.Module, table: dict[str, ParameterSpec]) -> None:
+    """The modules and the parameter table must name the same parameters, in the same order."""
+    built = [name for name, _ in model.named_parameters()]
+    if built != list(table):
+        raise RuntimeError(f"parameter table and modules disagree: {set(built) ^ set(table) or 'order'}")

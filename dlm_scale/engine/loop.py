@@ -1,0 +1,129 @@
+"""The loop, read top to bottom: batch, step, log, evaluate, save, stop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dlm_scale.engine.batch_hash import batch_hash
+from dlm_scale.engine.build import Trainer
+from dlm_scale.engine.evaluation import evaluate
+from dlm_scale.engine.optimizer import learning_rate
+from dlm_scale.engine.saving import save
+from dlm_scale.engine.signals import StopRequest
+from dlm_scale.engine.state import TrainState
+from dlm_scale.engine.step import make_batch, reduce_sums, train_step
+from dlm_scale.model.parameters import flops_per_token, peak_flops
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the loop ended: `finished`, `stop_at_step` or the name of a signal; and the last checkpoint."""
+
+    state: TrainState
+    reason: str
+    checkpoint: Path
+
+
+def train_loop(trainer: Trainer, data: Any, validation: Any, state: TrainState, run: Path, documents: dict[str, bytes],
+               record: Callable[[dict], None], stop: StopRequest, fingerprint: str) -> Outcome:
+    """Train from `state` to the configured end. `record` takes a line for metrics.jsonl (rank 0 writes it)."""
+    train = trainer.config.train
+    last_step = min(train.num_steps, train.stop_at_step or train.num_steps)
+    clock, saved_at, saved = Clock(trainer, state), None, None
+    if state.step == 0:
+        record(evaluation_record(trainer, validation, state))
+    with ThreadPoolExecutor(1) as ahead:
+        upcoming = ahead.submit(make_batch, trainer, data, state)
+        while state.step < last_step and not stop.agreed(trainer.runtime.device):
+            batch = upcoming.result()
+            following = state.advanced(train.global_batch_size)
+            upcoming = ahead.submit(make_batch, trainer, data, following)
+            result = train_step(trainer, batch, state)
+            if _due(following.step, train.log_every, last_step):
+                record(step_record(trainer, batch, result, state, following, clock))
+            state = following
+            if _due(state.step, train.eval_every, last_step):
+                with clock.paused():
+                    record(evaluation_record(trainer, validation, state))
+            if _due(state.step, train.save_every, last_step):
+                with clock.paused():
+                    saved_at, saved = state.step, save(trainer, state, run, documents, fingerprint)
+    if saved_at != state.step:
+        saved = save(trainer, state, run, documents, fingerprint)
+    return Outcome(state, _reason(state, train, stop), saved)
+
+
+def _due(step: int, every: int, last_step: int) -> bool:
+    return step == last_step or bool(every) and step % every == 0
+
+
+def _reason(state: TrainState, train: Any, stop: StopRequest) -> str:
+    if state.step >= train.num_steps:
+        return "finished"
+    return "stop_at_step" if state.step == train.stop_at_step else stop.received or "signal on another rank"
+
+
+class Clock:
+    """Tokens a second and MFU since the last look; evaluation and saving do not count."""
+
+    def __init__(self, trainer: Trainer, state: TrainState):
+        config = trainer.config.model
+        self._started = self._mark = time.monotonic()
+        self._samples, self._seq_len = state.samples, config.seq_len
+        self._flops = flops_per_token(config, trainer.vocabulary, attended_length=config.seq_len)
+        device = trainer.runtime.device
+        peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        self._peak = peak and peak * trainer.runtime.env.world_size
+
+    def look(self, samples: int) -> dict[str, float | None]:
+        now = time.monotonic()
+        rate = (samples - self._samples) * self._seq_len / max(1e-9, now - self._mark)
+        self._mark, self._samples = now, samples
+        mfu = rate * self._flops / self._peak if self._peak else None
+        return {"tokens_per_second": round(rate, 1), "mfu": mfu, "seconds": round(now - self._started, 3)}
+
+    def paused(self) -> Clock:
+        return self
+
+    def __enter__(self) -> None:
+        self._paused_at = time.monotonic()
+
+    def __exit__(self, *_exception) -> None:
+        self._mark += time.monotonic() - self._paused_at
+
+
+def step_record(trainer, batch, result, state: TrainState, following: TrainState, clock: Clock) -> dict[str, Any]:
+    """The line of a logged step. Collective: statistics and hashes are gathered over the data-parallel ranks."""
+    means = reduce_sums(trainer, result["sums"])
+    return {
+        "step": following.step,
+        "tokens": following.samples * trainer.config.model.seq_len,
+        **means,
+        "learning_rate": learning_rate(state.step, trainer.config.train.num_steps, trainer.config.optimizer),
+        "grad_norm": float(result["grad_norm"]),
+        **clock.look(following.samples),
+        "batch_hash": batch_hash(batch, trainer.runtime.mesh, trainer.runtime.device),
+    }
+
+
+def evaluation_record(trainer: Trainer, validation: Any, state: TrainState) -> dict[str, Any]:
+    """The line of an evaluation; without a validation set it says so. Collective."""
+    line = {"step": state.step, "tokens": state.samples * trainer.config.model.seq_len}
+    if validation is None:
+        return line | {"val_nelbo": None, "val_nelbo_se": None}
+    train = trainer.config.train
+    estimate = evaluate(trainer.engine, validation, trainer.vocabulary.mask_id, train.micro_batch_size,
+                        train.eval_draws, trainer.runtime.mesh, trainer.runtime.device)
+    return line | {
+        "val_nelbo": estimate.nelbo,
+        "val_nelbo_se": estimate.nelbo_se,
+        "val_nelbo_se_mc": estimate.nelbo_se_mc,
+        "val_ce_by_mask_ratio": list(estimate.ce_by_mask_ratio),
+    }

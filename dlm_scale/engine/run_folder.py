@@ -1,0 +1,108 @@
+"""A run's folder: resolved config, metrics, logs, status. Written by rank 0, whole files by rename."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import dlm_scale
+from dlm_scale.errors import UsageError
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace `path` by `data` durably: nobody ever sees half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def provenance() -> dict[str, Any]:
+    """Versions and git commit, for the run folder and every checkpoint."""
+    import deepspeed
+    import torch
+
+    root = Path(__file__).parents[2]
+    commit = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
+    return {
+        "dlm_scale": dlm_scale.__version__,
+        "git_commit": commit.stdout.strip() or None,
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "deepspeed": deepspeed.__version__,
+    }
+
+
+def prepare_folder(out: Path, resume: str, has_checkpoint: bool) -> None:
+    """Make the folder, or refuse: `never` wants it empty, `must` wants a checkpoint to go on from."""
+    if resume == "never" and out.exists() and any(out.iterdir()):
+        raise UsageError(f"train.out={out}: the folder is not empty and train.resume=never; "
+                         "choose another train.out, or train.resume=auto to continue it")
+    if resume == "must" and not has_checkpoint:
+        raise UsageError(f"train.out={out}: no good checkpoint to resume from and train.resume=must; "
+                         "check the path, or use train.resume=auto to start anew")
+    for folder in ("checkpoints", "logs", "plots"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+
+
+def open_log(out: Path, rank: int) -> logging.Logger:
+    """Every rank has its log file (train.log is rank 0's); only rank 0 also speaks on stderr."""
+    logger = logging.getLogger("dlm_scale")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    path = out / "train.log" if rank == 0 else out / "logs" / f"rank_{rank:05d}.log"
+    handlers: list[logging.Handler] = [logging.FileHandler(path)]
+    if rank == 0:
+        handlers.append(logging.StreamHandler(sys.stderr))
+        handlers[-1].setFormatter(logging.Formatter("%(message)s"))
+    handlers[0].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    for old in logger.handlers[:]:
+        logger.removeHandler(old)
+    for handler in handlers:
+        logger.addHandler(handler)
+    return logger
+
+
+class Metrics:
+    """metrics.jsonl: a line a logged step. Opening it for a resumed run drops the lines after the resumed step."""
+
+    def __init__(self, path: Path, resumed_step: int):
+        kept = [line for line in _lines(path) if _step_of(line) <= resumed_step] if resumed_step else []
+        write_atomically(path, "".join(line + "\n" for line in kept).encode())
+        self._file = open(path, "a", buffering=1)
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _lines(path: Path) -> list[str]:
+    """Whole lines only: a run that was killed may have left half of one."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text().split("\n")[:-1] if line]
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a metrics file."""
+    return [json.loads(line) for line in _lines(path) if _step_of(line) != float("inf")]
+
+
+def write_status(out: Path, status: dict[str, Any]) -> None:
+    write_atomically(out / "status.json", (json.dumps(status, indent=1) + "\n").encode())

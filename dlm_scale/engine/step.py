@@ -1,0 +1,111 @@
+"""The one train step: micro-batches in, one optimizer update and its statistics out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from dlm_scale.diffusion.corruption import Corrupted, corrupt
+from dlm_scale.diffusion.objective import masked_diffusion
+from dlm_scale.diffusion.schedule import SCHEDULES
+from dlm_scale.diffusion.timestep import stratified_times
+from dlm_scale.diffusion.weighting import WEIGHTINGS
+from dlm_scale.engine.build import Trainer
+from dlm_scale.engine.optimizer import learning_rate
+from dlm_scale.engine.state import TrainState
+
+STATS = ("nelbo_sum", "ce_sum", "num_masked", "num_correct")
+
+
+def rows_of_rank(trainer: Trainer) -> np.ndarray:
+    """Indices [accumulation, micro] within the global batch of the rows that this data-parallel rank computes."""
+    train, mesh = trainer.config.train, trainer.runtime.mesh
+    rows = np.arange(train.global_batch_size)
+    return rows.reshape(trainer.accumulation, mesh.data_size, train.micro_batch_size)[:, mesh.data_rank]
+
+
+def make_batch(trainer: Trainer, data, state: TrainState) -> list[Corrupted]:
+    """This rank's micro-batches of the step after `state`, noised, on the host.
+
+    Ids, times and masks are functions of (seed, step, global sample) alone, so no layout changes them.
+    """
+    config = trainer.config
+    times_G = stratified_times(config.train.seed, state.step, config.train.global_batch_size)
+    denominator = float(config.train.global_batch_size * config.model.seq_len)
+    return [
+        corrupt(
+            data.rows(state.samples + rows_B),
+            state.samples + rows_B,
+            times_G[rows_B],
+            seed=config.train.seed,
+            schedule=SCHEDULES[config.diffusion.schedule],
+            weighting=WEIGHTINGS[config.diffusion.weighting],
+            mask_id=trainer.vocabulary.mask_id,
+            denominator=denominator,
+        )
+        for rows_B in rows_of_rank(trainer)
+    ]
+
+
+def train_step(trainer: Trainer, batch: Sequence[Corrupted], state: TrainState) -> dict[str, torch.Tensor]:
+    """Accumulate gradients over `batch`, clip by the global norm, update the weights.
+
+    Returns device tensors, not yet summed over ranks: `sums` float64 [1 + len(STATS)] (loss sum first) and `grad_norm`,
+    the true global norm before clipping.
+    """
+    engine, mesh = trainer.engine, trainer.runtime.mesh
+    set_learning_rate(trainer, state.step)
+    sums = torch.zeros(1 + len(STATS), dtype=torch.float64, device=trainer.runtime.device)
+    for corrupted in batch:
+        corrupted = corrupted.to(trainer.runtime.device)
+        loss_sum, stats = masked_diffusion(engine, corrupted)
+        # DeepSpeed averages gradients over the data-parallel ranks: undo that, and its division by the accumulation.
+        engine.backward(loss_sum * (mesh.data_size / corrupted.denominator), scale_wrt_gas=False)
+        sums += torch.stack([loss_sum.detach().double(), *(stats[name] for name in STATS)])
+        norm = _clip_replicated(trainer)
+        engine.step()
+    return {"sums": sums, "grad_norm": _engine_norm(engine) if norm is None else norm}
+
+
+def set_learning_rate(trainer: Trainer, step: int) -> float:
+    rate = learning_rate(step, trainer.config.train.num_steps, trainer.config.optimizer)
+    for group in trainer.engine.optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
+def _engine_norm(engine) -> torch.Tensor:
+    return torch.as_tensor(engine.get_global_grad_norm(), dtype=torch.float64)
+
+
+def _clip_replicated(trainer: Trainer) -> torch.Tensor | None:
+    """ZeRO 0 in fp32: DeepSpeed computes no norm there, so the norm and the clipping are ours."""
+    if trainer.stage or trainer.config.train.precision != "fp32":
+        return None
+    if not trainer.engine.is_gradient_accumulation_boundary():
+        return None
+    gradients = [p.grad for p in trainer.engine.module.parameters() if p.grad is not None]
+    norm = torch.stack([g.double().square().sum() for g in gradients]).sum().sqrt()
+    limit = trainer.config.optimizer.gradient_clip
+    if limit:
+        scale = (limit / (norm + 1e-6)).clamp(max=1.0).float()
+        for gradient in gradients:
+            gradient.mul_(scale)
+    return norm
+
+
+def reduce_sums(trainer: Trainer, sums: torch.Tensor) -> dict[str, float]:
+    """Statistics of the global batch: loss and NELBO in nats a maskable token, mean CE and accuracy a masked one."""
+    if trainer.runtime.mesh.data_size > 1:
+        dist.all_reduce(sums, group=trainer.runtime.mesh.data_group)
+    loss, nelbo, ce, masked, correct = sums.tolist()
+    tokens = trainer.config.train.global_batch_size * trainer.config.model.seq_len
+    return {
+        "loss": loss / tokens,
+        "nelbo": nelbo / tokens,
+        "masked_ce": ce / max(1.0, masked),
+        "masked_accuracy": correct / max(1.0, masked),
+    }

@@ -1,0 +1,111 @@
+"""A checkpoint as something that predicts: what sampling and evaluation load. Needs nothing but the checkpoint."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dlm_scale.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Inference:
+    """A model on one device with its tokenizer (None for a run on synthetic data)."""
+
+    model: Any
+    config: Any
+    tokenizer_meta: Any
+    tokenizer: Any
+    device: Any
+    checkpoint: Any
+    weights: str  # "ema" or "param": which weights were loaded
+
+    @property
+    def vocabulary(self) -> Any:
+        return self.tokenizer_meta.vocabulary
+
+    @property
+    def seq_len(self) -> int:
+        return self.config.model.seq_len
+
+    @property
+    def step(self) -> int:
+        return self.checkpoint.state["step"]
+
+    default_num_steps = 128
+    default_sampler = "ancestral"
+
+    def predict(self, x_BL, rows_N, attention=None):
+        """Log-probabilities [N, V] float32 of the clean ids at flat positions (docs/design.md, signature 3)."""
+        import torch
+
+        x_BL, rows_N = x_BL.to(self.device), rows_N.to(self.device)
+        m_B = (x_BL == self.vocabulary.mask_id).float().mean(dim=1)
+        with torch.no_grad():
+            return self.model(x_BL, m_B=m_B, rows_N=rows_N, readout=lambda head: head.log_probs(), attention=attention)
+
+
+def load_for_inference(path: str | Path, device: str = "auto", use_ema: bool = True) -> Inference:
+    """Load a run folder's last good checkpoint, or one checkpoint folder.
+
+    Raises:
+        UsageError: no checkpoint there, a damaged one, or one of another format.
+    """
+    from dlm_scale.checkpoint.folders import find_checkpoint
+    from dlm_scale.checkpoint.reader import open_checkpoint
+    from dlm_scale.config import config_from_text
+    from dlm_scale.engine.runtime import pick_device
+
+    folder, _ = find_checkpoint(Path(path))
+    checkpoint = open_checkpoint(folder, verify=False)  # find_checkpoint has just hashed it
+    config = config_from_text(checkpoint.document("config.yaml").decode(), f"{folder}/config.yaml")
+    meta = _tokenizer_meta(checkpoint)
+    tokenizer = None if meta.tokenizer.kind == "none" else _tokenizer(folder, meta)
+    place = pick_device(device, 0)
+    weights = "ema" if use_ema and ("embedding.weight", "ema") in checkpoint.tensors else "param"
+    model = load_model(checkpoint, config, meta.vocabulary, place, weights)
+    return Inference(model, config, meta, tokenizer, place, checkpoint, weights)
+
+
+def _tokenizer_meta(checkpoint: Any):
+    from dlm_scale.data.meta import TOKENIZER_DOCUMENT, TokenizerMeta, parse
+
+    raw = json.loads(checkpoint.document(TOKENIZER_DOCUMENT))
+    return parse(TokenizerMeta, raw, f"{checkpoint.path}/{TOKENIZER_DOCUMENT}")
+
+
+def _tokenizer(folder: Path, meta: Any):
+    from dlm_scale.data.tokenizer import load_tokenizer
+
+    return load_tokenizer(folder, meta)
+
+
+def load_model(checkpoint: Any, config: Any, vocabulary: Any, device: Any, slot: str):
+    """A whole model with the weights of `slot`, one logical tensor in memory at a time beside it."""
+    import torch
+
+    from dlm_scale.model.parameters import parameter_table
+    from dlm_scale.model.transformer import Transformer
+
+    table = parameter_table(config.model, vocabulary)
+    _check_tensors(checkpoint, table, slot)
+    dtype = torch.bfloat16 if config.train.precision == "bf16" and device.type == "cuda" else torch.float32
+    with torch.device(device):
+        model = Transformer(config.model, vocabulary).to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            values = checkpoint.read(name, slot)
+            parameter.zero_()  # padded rows
+            parameter[: values.shape[0]].copy_(values)
+    return model.eval()
+
+
+def _check_tensors(checkpoint: Any, table: dict, slot: str) -> None:
+    for name, spec in table.items():
+        stored = checkpoint.tensors.get((name, slot))
+        if stored is None or tuple(stored.shape) != spec.shape:
+            found = "is missing" if stored is None else f"has shape {tuple(stored.shape)}, not {spec.shape}"
+            raise UsageError(f"{checkpoint.path}: tensor {name} ({slot}) {found}: config.yaml and weights of this "
+                             "checkpoint do not belong together; take another checkpoint")

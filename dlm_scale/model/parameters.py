@@ -1,0 +1,133 @@
+"""Every parameter of a model as data: name, logical shape, how it shards, how it starts.
+
+This table is what checkpoints, conversion, initialisation, parameter counts and the planner agree on; the modules in
+transformer.py are checked against it. Names are those of `Transformer.named_parameters()`. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+class ModelShape(Protocol):
+    """What a config must offer, with nothing left open (dlm_scale.config.ModelConfig does; so can others)."""
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_size: int
+    mlp: str
+    qk_norm: bool
+    rope_base: float
+    norm_eps: float
+    tied: bool
+    time_conditioning: str
+    init_std: float
+
+
+TIME_FEATURES = 256  # sinusoid features of the mask ratio
+TIME_WIDTH = 128  # width of the conditioning vector
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """One logical (unsharded, unpadded) parameter.
+
+    `view` is `shape` with fused dimensions split, so that a tensor-parallel rank owns a rectangle of it: elements
+    [a, b) of dimension `shard_dim`. `shard_dim` None means replicated. It starts as N(0, init_std), or as the
+    constant `init_value`. `decays` says whether weight decay applies.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    view: tuple[int, ...]
+    shard_dim: int | None
+    init_std: float = 0.0
+    init_value: float = 0.0
+    decays: bool = False
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+def parameter_table(config: ModelShape, vocabulary: Any) -> dict[str, ParameterSpec]:
+    """All parameters in the order of the modules. `vocabulary` offers `size` and `num_outputs`."""
+    specs = [_table("embedding.weight", vocabulary.size, config.hidden_size, config.init_std)]
+    if config.time_conditioning == "adaln":
+        specs += _time_specs(config.init_std)
+    for layer in range(config.num_layers):
+        specs += _block_specs(f"blocks.{layer}", config)
+    # A tied table must not start at zero, so there the zero final gain makes the first loss exactly ln V.
+    specs.append(_vector("final_norm.gain", config.hidden_size, 0.0 if config.tied else 1.0))
+    if not config.tied:
+        specs.append(_table("head.weight", vocabulary.num_outputs, config.hidden_size, 0.0))
+    return {spec.name: spec for spec in specs}
+
+
+def _block_specs(prefix: str, config: ModelShape) -> list[ParameterSpec]:
+    std, out_std = config.init_std, config.init_std / math.sqrt(2 * config.num_layers)
+    width, ffn, group = config.hidden_size, config.ffn_size, config.num_heads // config.num_kv_heads + 2
+    qkv_view = (config.num_kv_heads, group, config.head_dim, width)
+    qkv_rows, attended = math.prod(qkv_view[:3]), config.num_heads * config.head_dim
+    specs = [_vector(f"{prefix}.attention_norm.gain", width, 1.0)]
+    specs.append(_matrix(f"{prefix}.attention.qkv.weight", (qkv_rows, width), qkv_view, 0, std))
+    if config.qk_norm:
+        specs += [_vector(f"{prefix}.attention.{which}_norm.gain", config.head_dim, 1.0) for which in ("query", "key")]
+    specs.append(_matrix(f"{prefix}.attention.out.weight", (width, attended), (width, attended), 1, out_std))
+    specs.append(_vector(f"{prefix}.mlp_norm.gain", width, 1.0))
+    if config.mlp == "swiglu":
+        specs.append(_matrix(f"{prefix}.mlp.gate_up.weight", (2 * ffn, width), (2, ffn, width), 1, std))
+    else:
+        specs.append(_matrix(f"{prefix}.mlp.up.weight", (ffn, width), (ffn, width), 0, std))
+    specs.append(_matrix(f"{prefix}.mlp.down.weight", (width, ffn), (width, ffn), 1, out_std))
+    if config.time_conditioning == "adaln":
+        shape = (6 * width, TIME_WIDTH)
+        specs.append(_matrix(f"{prefix}.modulation.weight", shape, shape, None, 0.0))
+    return specs
+
+
+def _time_specs(std: float) -> list[ParameterSpec]:
+    shapes = {"time_embedding.first.weight": TIME_FEATURES, "time_embedding.second.weight": TIME_WIDTH}
+    return [_matrix(name, (TIME_WIDTH, n), (TIME_WIDTH, n), None, std) for name, n in shapes.items()]
+
+
+def _table(name: str, rows: int, width: int, std: float) -> ParameterSpec:
+    return ParameterSpec(name, (rows, width), (rows, width), 0, init_std=std)
+
+
+def _matrix(name, shape, view, shard_dim, std) -> ParameterSpec:
+    return ParameterSpec(name, shape, view, shard_dim, init_std=std, decays=True)
+
+
+def _vector(name: str, width: int, value: float) -> ParameterSpec:
+    return ParameterSpec(name, (width,), (width,), None, init_value=value)
+
+
+def count_parameters(config: ModelShape, vocabulary: Any) -> int:
+    """Logical parameters, padding not counted."""
+    return sum(spec.numel for spec in parameter_table(config, vocabulary).values())
+
+
+def flops_per_token(config: ModelShape, vocabulary: Any, attended_length: float, head_fraction: float = 0.5) -> float:
+    """Training FLOPs a token: 6 N_block + 12 n_layer h e T_eff + 6 d V rho. Recomputation is not counted.
+
+    `attended_length` is the mean number of keys a query sees (full attention: the row's length), `head_fraction` the
+    share of rows that pass the output head (half under a uniform mask ratio).
+    """
+    table = parameter_table(config, vocabulary)
+    block = sum(spec.numel for name, spec in table.items() if name.startswith(("blocks.", "final_norm")))
+    attention = 12 * config.num_layers * config.num_heads * config.head_dim * attended_length
+    return 6 * block + attention + 6 * config.hidden_size * vocabulary.num_outputs * head_fraction
+
+
+PEAK_BF16_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 peak of a known GPU, in FLOP/s; None for any other device (no MFU is reported there)."""
+    return next((peak for key, peak in PEAK_BF16_FLOPS.items() if key in device_name), None)

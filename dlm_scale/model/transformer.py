@@ -1,0 +1,244 @@
+"""The bidirectional transformer.
+
+Shapes: B rows, L positions, D width, H heads, G key/value heads, E head width, F MLP width, N selected positions of
+the flattened batch, V output vocabulary.
+
+The model knows neither ranks nor sharding: its layers come from a `Layers` value (parallel/layers.py). All reading of
+the output table happens inside `Head.forward`, because under ZeRO-3 the weight exists only there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from dlm_scale import ops
+from dlm_scale.model.parameters import TIME_FEATURES, TIME_WIDTH, ModelShape
+from dlm_scale.parallel.layers import Linear, LocalLayers
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * gain (Zhang and Sennrich, 2019)."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.gain = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, self.gain.shape, self.gain, self.eps)
+
+
+def rotary_tables(position_BL: torch.Tensor, head_dim: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine [B or 1, L, 1, E/2] in float32 (Su et al., 2021)."""
+    exponent = torch.arange(0, head_dim, 2, device=position_BL.device, dtype=torch.float32) / head_dim
+    angle = position_BL[:, :, None, None].float() * base**-exponent
+    return angle.cos(), angle.sin()
+
+
+def rotate(x_BLHE: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the two halves of each head by the position's angle."""
+    first, second = x_BLHE.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_BLHE.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with grouped keys, QK-norm and rotary positions.
+
+    Rows of `qkv` are grouped by key/value head: its queries, its key, its value. So a slice of whole groups is a
+    smaller attention, which is what a tensor-parallel rank holds.
+    """
+
+    def __init__(self, config: ModelShape, layers: Any):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.queries_per_group = config.num_heads // config.num_kv_heads
+        qkv_rows = config.num_kv_heads * (self.queries_per_group + 2) * config.head_dim
+        self.qkv = layers.column(config.hidden_size, qkv_rows)
+        if config.qk_norm:
+            self.query_norm = RMSNorm(config.head_dim, config.norm_eps)
+            self.key_norm = RMSNorm(config.head_dim, config.norm_eps)
+        self.out = layers.row(config.num_heads * config.head_dim, config.hidden_size)
+        self.has_qk_norm = config.qk_norm
+
+    def forward(self, x_BLD: torch.Tensor, rotary: tuple, mask: ops.AttentionMask) -> torch.Tensor:
+        fused = self.qkv(x_BLD)
+        batch, length, _ = fused.shape
+        grouped = fused.view(batch, length, -1, self.queries_per_group + 2, self.head_dim)
+        q_BLHE = grouped[:, :, :, : self.queries_per_group].reshape(batch, length, -1, self.head_dim)
+        k_BLGE, v_BLGE = grouped[:, :, :, -2], grouped[:, :, :, -1]
+        if self.has_qk_norm:
+            q_BLHE, k_BLGE = self.query_norm(q_BLHE), self.key_norm(k_BLGE)
+        q_BLHE, k_BLGE = rotate(q_BLHE, *rotary), rotate(k_BLGE, *rotary)
+        attended = ops.attention(q_BLHE, k_BLGE, v_BLGE, mask)
+        return self.out(attended.reshape(batch, length, -1))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate x) * up x) (Shazeer, 2020); gate and up are one matmul."""
+
+    def __init__(self, config: ModelShape, layers: Any):
+        super().__init__()
+        self.gate_up = layers.column(config.hidden_size, 2 * config.ffn_size)
+        self.down = layers.row(config.ffn_size, config.hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class GeluMLP(nn.Module):
+    """down(gelu(up x))."""
+
+    def __init__(self, config: ModelShape, layers: Any):
+        super().__init__()
+        self.up = layers.column(config.hidden_size, config.ffn_size)
+        self.down = layers.row(config.ffn_size, config.hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(F.gelu(self.up(x)))
+
+
+MLPS = {"swiglu": SwiGLU, "gelu": GeluMLP}
+
+
+class TimeEmbedding(nn.Module):
+    """Conditioning vector of the mask ratio: sinusoids, then a two-layer MLP."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = Linear(TIME_FEATURES, TIME_WIDTH)
+        self.second = Linear(TIME_WIDTH, TIME_WIDTH)
+
+    def forward(self, m_B: torch.Tensor) -> torch.Tensor:
+        half = TIME_FEATURES // 2
+        steps = torch.arange(half, device=m_B.device, dtype=torch.float32) / half
+        angle = 1000.0 * m_B.float()[:, None] * torch.exp(-math.log(10000.0) * steps)
+        features = torch.cat([angle.cos(), angle.sin()], dim=1).to(self.first.weight.dtype)
+        return self.second(F.silu(self.first(features)))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP; with adaLN, scale, shift and gate of both from the conditioning vector.
+
+    The modulation starts at zero, where it is the identity: the first step equals the time-agnostic model.
+    """
+
+    def __init__(self, config: ModelShape, layers: Any):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention = Attention(config, layers)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = MLPS[config.mlp](config, layers)
+        self.modulation = Linear(TIME_WIDTH, 6 * config.hidden_size) if config.time_conditioning == "adaln" else None
+
+    def forward(self, x_BLD, rotary, mask, condition_BC=None) -> torch.Tensor:
+        if self.modulation is None:
+            x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), rotary, mask)
+            return x_BLD + self.mlp(self.mlp_norm(x_BLD))
+        parts = self.modulation(F.silu(condition_BC))[:, None, :].chunk(6, dim=-1)
+        scale1, shift1, gate1, scale2, shift2, gate2 = parts
+        attended = self.attention(self.attention_norm(x_BLD) * (1 + scale1) + shift1, rotary, mask)
+        x_BLD = x_BLD + (1 + gate1) * attended
+        return x_BLD + (1 + gate2) * self.mlp(self.mlp_norm(x_BLD) * (1 + scale2) + shift2)
+
+
+class HeadView:
+    """What a readout may ask of the output head, while its weight is there. See docs/design.md, signature 2."""
+
+    def __init__(self, head: Head, hidden_ND: torch.Tensor):
+        self.hidden_ND = hidden_ND
+        self._head = head
+
+    def cross_entropy(self, target_N: torch.Tensor, weight_N: torch.Tensor):
+        """(weighted sum, ce [N], is_correct [N]) of the clean ids `target_N`."""
+        head = self._head
+        bias_V = head.local_bias(self.hidden_ND.device)
+        return ops.linear_cross_entropy(
+            self.hidden_ND, head.weight, target_N, weight_N, bias_V, head.vocab_start, head.group
+        )
+
+    def logits(self) -> torch.Tensor:
+        """Float32 [N, V]; suppressed ids at -inf."""
+        head = self._head
+        bias_V = head.local_bias(self.hidden_ND.device)
+        return ops.linear_logits(self.hidden_ND, head.weight, bias_V, head.group)[:, : head.num_outputs]
+
+    def log_probs(self) -> torch.Tensor:
+        """Normalised float32 [N, V]."""
+        return F.log_softmax(self.logits(), dim=-1)
+
+
+class Head(nn.Module):
+    """The output table: its own weight, or the input table's when tied (one parameter, two places)."""
+
+    def __init__(self, table: nn.Module, vocabulary: Any, layers: Any):
+        super().__init__()
+        self.weight = table.weight
+        self.group = layers.group
+        self.num_outputs = vocabulary.num_outputs
+        self.rows = table.weight.ds_shape[0] if hasattr(table.weight, "ds_shape") else table.weight.shape[0]
+        self.vocab_start = layers.rank * self.rows
+        self.suppressed_ids = (vocabulary.mask_id, *vocabulary.suppressed_ids)
+
+    def local_bias(self, device: torch.device) -> torch.Tensor:
+        """0 for ids that may be predicted, -inf for the mask, suppressed ids and padding; this rank's rows [V]."""
+        ids = torch.arange(self.vocab_start, self.vocab_start + self.rows, device=device)
+        forbidden = torch.isin(ids, torch.tensor(self.suppressed_ids, device=device)) | (ids >= self.num_outputs)
+        return torch.zeros(self.rows, device=device).masked_fill_(forbidden, -torch.inf)
+
+    def forward(self, hidden_ND: torch.Tensor, readout: Callable[[HeadView], Any]) -> Any:
+        return readout(HeadView(self, hidden_ND))
+
+
+class Transformer(nn.Module):
+    """Noised ids in; what `readout` makes of the final hidden states at selected positions out.
+
+    Args:
+        config: a `ModelShape`.
+        vocabulary: offers `size`, `num_outputs`, `mask_id`, `suppressed_ids`.
+        layers: makes the sharded layers; whole ones by default.
+        checkpoint_every: recompute every n-th block in the backward pass (0: none, 1: all).
+    """
+
+    def __init__(self, config: ModelShape, vocabulary: Any, layers: Any = None, checkpoint_every: int = 0):
+        super().__init__()
+        layers = layers or LocalLayers()
+        self.head_dim, self.rope_base, self.checkpoint_every = config.head_dim, config.rope_base, checkpoint_every
+        self.embedding = layers.embedding(vocabulary.size, config.hidden_size)
+        self.time_embedding = TimeEmbedding() if config.time_conditioning == "adaln" else None
+        self.blocks = nn.ModuleList(Block(config, layers) for _ in range(config.num_layers))
+        self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        table = self.embedding if config.tied else layers.embedding(vocabulary.num_outputs, config.hidden_size)
+        self.head = Head(table, vocabulary, layers)
+
+    def forward(
+        self,
+        xt_BL: torch.Tensor,
+        *,
+        rows_N: torch.Tensor,
+        readout: Callable[[HeadView], Any],
+        m_B: torch.Tensor | None = None,
+        attention: ops.AttentionMask | None = None,
+    ) -> Any:
+        """xt [B,L] int64, rows [N] flat positions, m [B] mask ratio (used with time conditioning only)."""
+        mask = attention or ops.Full()
+        positions = ops.positions_BL(mask, *xt_BL.shape, xt_BL.device)
+        rotary = rotary_tables(positions, self.head_dim, self.rope_base)
+        condition_BC = self.time_embedding(m_B) if self.time_embedding is not None else None
+        hidden_BLD = self.embedding(xt_BL)
+        for number, block in enumerate(self.blocks):
+            hidden_BLD = self._run(block, number, hidden_BLD, rotary, mask, condition_BC)
+        selected_ND = hidden_BLD.flatten(0, 1).index_select(0, rows_N)
+        return self.head(self.final_norm(selected_ND), readout)
+
+    def _run(self, block, number, hidden_BLD, rotary, mask, condition_BC) -> torch.Tensor:
+        if self.checkpoint_every and number % self.checkpoint_every == 0 and torch.is_grad_enabled():
+            return checkpoint(block, hidden_BLD, rotary, mask, condition_BC, use_reentrant=False)
+        return block(hidden_BLD, rotary, mask, condition_BC)

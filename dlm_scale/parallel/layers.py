@@ -1,0 +1,59 @@
+"""The linear and embedding layers that the model is built from, and the value that makes them.
+
+The model asks a `Layers` value for its layers and never learns whether they are sharded. `LocalLayers` gives whole
+ones; the tensor-parallel twin has the same four methods.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+PADDED_ROWS_MULTIPLE = 128  # vocabulary tables are padded so that GPU matmuls stay aligned
+
+
+def padded_rows(rows: int, tensor_size: int) -> int:
+    """Physical rows of a vocabulary table: the next multiple of 128 per tensor-parallel rank."""
+    multiple = PADDED_ROWS_MULTIPLE * tensor_size
+    return -(-rows // multiple) * multiple
+
+
+class Linear(nn.Module):
+    """y = x W^T without bias; the weight is left uninitialised, `initialise` fills it."""
+
+    def __init__(self, num_in: int, num_out: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_out, num_in))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight)
+
+
+class Embedding(nn.Module):
+    """Rows of a table by id; padded rows are never read."""
+
+    def __init__(self, num_rows: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_rows, width))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return F.embedding(ids, self.weight)
+
+
+class LocalLayers:
+    """Whole layers on one rank: tensor-parallel size 1."""
+
+    size, rank, group = 1, 0, None
+
+    def column(self, num_in: int, num_out: int) -> nn.Module:
+        """A linear layer whose outputs are split over the tensor-parallel ranks."""
+        return Linear(num_in, num_out)
+
+    def row(self, num_in: int, num_out: int) -> nn.Module:
+        """A linear layer whose inputs are split; outputs are summed over the ranks."""
+        return Linear(num_in, num_out)
+
+    def embedding(self, num_rows: int, width: int) -> nn.Module:
+        """A table of `num_rows` logical rows, split by rows."""
+        return Embedding(padded_rows(num_rows, self.size), width)

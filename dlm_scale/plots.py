@@ -1,0 +1,50 @@
+"""Pictures of a run: the training curves."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+
+def draw_curves(records: list[dict[str, Any]], path: Path) -> None:
+    """Training NELBO (and its running mean), validation NELBO with its 95 % interval, and CE over the mask ratio."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    _draw_nelbo(left, records)
+    _draw_mask_ratio(right, records)
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, dpi=110, format="png")
+    plt.close(figure)
+    temporary.replace(path)
+
+
+def _draw_nelbo(axes, records) -> None:
+    steps = [r for r in records if "nelbo" in r]
+    evaluations = [r for r in records if r.get("val_nelbo") is not None]
+    if steps:
+        axes.plot([r["step"] for r in steps], [r["nelbo"] for r in steps], lw=0.8, alpha=0.6, label="training estimate")
+    if evaluations:
+        width = [1.96 * (r["val_nelbo_se"] or 0.0) for r in evaluations]
+        axes.errorbar([r["step"] for r in evaluations], [r["val_nelbo"] for r in evaluations], yerr=width, marker="o",
+                      ms=4, capsize=3, label="validation, 95 % interval")
+    axes.set(xlabel="step", ylabel="NELBO, nats per token (upper bound)", title="Negative ELBO")
+    if steps or evaluations:
+        axes.legend()
+    axes.grid(alpha=0.3)
+
+
+def _draw_mask_ratio(axes, records) -> None:
+    curves = [r for r in records if r.get("val_ce_by_mask_ratio")]
+    for record in {r["step"]: r for r in (curves[:1] + curves[len(curves) // 2 : len(curves) // 2 + 1] + curves[-1:])}.values():
+        ratio = [(i + 0.5) / 10 for i in range(10)]
+        points = [(m, ce) for m, ce in zip(ratio, record["val_ce_by_mask_ratio"]) if math.isfinite(ce)]
+        axes.plot(*zip(*points), marker=".", label=f"step {record['step']}")
+    axes.set(xlabel="mask ratio", ylabel="cross-entropy of a masked token, nats", title="Validation CE by mask ratio")
+    if curves:
+        axes.legend()
+    axes.grid(alpha=0.3)

@@ -1,0 +1,132 @@
+"""Small training runs inside one process group, and the plain-torch twin that they must equal."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from dlm_scale.config import config_from_dict
+from dlm_scale.data.loader import open_data
+from dlm_scale.diffusion.objective import masked_diffusion
+from dlm_scale.diffusion.schedule import SCHEDULES
+from dlm_scale.diffusion.timestep import stratified_times
+from dlm_scale.diffusion.weighting import WEIGHTINGS
+from dlm_scale.diffusion.corruption import corrupt
+from dlm_scale.engine.batch_hash import batch_hash
+from dlm_scale.engine.build import build_trainer
+from dlm_scale.engine.optimizer import learning_rate
+from dlm_scale.engine.saving import start_fresh
+from dlm_scale.engine.state import TrainState
+from dlm_scale.engine.step import make_batch, reduce_sums, train_step
+from dlm_scale.model.initialise import full_box, initial_values
+from dlm_scale.model.parameters import parameter_table
+from dlm_scale.model.transformer import Transformer
+
+VOCAB, BATCH = 37, 8
+
+
+def case_config(**overrides: Any):
+    """A 2-layer model on synthetic tokens; clipping is active. `section__key=value` overrides."""
+    raw = {
+        "model": {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "seq_len": 16, "tied": False},
+        "data": {"train": "synthetic", "synthetic_vocab_size": VOCAB},
+        "train": {"global_batch_size": BATCH, "micro_batch_size": BATCH, "num_steps": 100, "precision": "fp32",
+                  "out": "unused", "seed": 5},
+        "optimizer": {"learning_rate": 1e-2, "gradient_clip": 0.5, "weight_decay": 0.1, "warmup_steps": 3},
+        "deepspeed": {"zero_optimization": {"stage": 0}},
+    }
+    for key, value in overrides.items():
+        section, name = key.split("__")
+        if section == "zero":
+            raw["deepspeed"]["zero_optimization"][name] = value
+        else:
+            raw[section][name] = value
+    return config_from_dict(raw)
+
+
+def data_of(config):
+    return open_data(f"synthetic:{config.data.synthetic_vocab_size}", config.model.seq_len, config.train.seed)
+
+
+def logical_weights(trainer, slot: str = "param") -> dict[str, np.ndarray]:
+    """Every logical tensor of the training state, put together from all ranks' pieces. Collective."""
+    mine = [(p.name, p.shape, p.view, p.box, p.flat_start, p.tensor.clone()) for p in trainer.state_access.pieces()
+            if p.slot == slot]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    flat = {}
+    for name, shape, view, box, start, values in (piece for rank in everyone for piece in rank):
+        whole, place = flat.setdefault(name, (torch.full(shape, torch.nan), {}))
+        buffer = place.setdefault(box, torch.full([stop - start for start, stop in box], torch.nan))
+        buffer.view(-1)[start : start + len(values)] = values
+        whole.view(view)[tuple(slice(*bounds) for bounds in box)] = buffer
+    return {name: whole.numpy() for name, (whole, _) in flat.items()}
+
+
+def run_engine(runtime, config, steps: int) -> dict[str, Any]:
+    """Train `steps` steps from the seed; losses, norms, hashes of each step and the final weights."""
+    data = data_of(config)
+    trainer = build_trainer(config, runtime, data.vocabulary)
+    state = start_fresh(trainer)
+    lines = []
+    for _ in range(steps):
+        batch = make_batch(trainer, data, state)
+        result = train_step(trainer, batch, state)
+        lines.append({"loss": reduce_sums(trainer, result["sums"])["loss"], "grad_norm": float(result["grad_norm"]),
+                      "hash": batch_hash(batch, runtime.mesh, runtime.device)})
+        state = state.advanced(config.train.global_batch_size)
+    return {"lines": lines, "weights": logical_weights(trainer)}
+
+
+def run_twin(config, steps: int) -> dict[str, Any]:
+    """The same run in plain torch: one process, whole batch, torch's AdamW and clip_grad_norm_."""
+    data = data_of(config)
+    table = parameter_table(config.model, data.vocabulary)
+    model = Transformer(config.model, data.vocabulary)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            values = initial_values(table[name], config.train.seed, full_box(table[name].view), 0, table[name].numel)
+            parameter.zero_()
+            parameter[: table[name].shape[0]] = torch.from_numpy(values).view(table[name].shape)
+    options, named = config.optimizer, dict(model.named_parameters())
+    groups = [{"params": [named[n] for n in table if table[n].decays], "weight_decay": options.weight_decay},
+              {"params": [named[n] for n in table if not table[n].decays], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(options.beta1, options.beta2), eps=options.eps)
+    lines, state = [], TrainState()
+    for _ in range(steps):
+        index = state.samples + np.arange(config.train.global_batch_size)
+        times = stratified_times(config.train.seed, state.step, len(index))
+        corrupted = corrupt(data.rows(index), index, times, seed=config.train.seed,
+                            schedule=SCHEDULES[config.diffusion.schedule],
+                            weighting=WEIGHTINGS[config.diffusion.weighting], mask_id=data.vocabulary.mask_id,
+                            denominator=float(len(index) * config.model.seq_len))
+        loss = masked_diffusion(model, corrupted)[0] / corrupted.denominator
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.gradient_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(state.step, config.train.num_steps, options)
+        optimizer.step()
+        alone = SimpleNamespace(data_size=1)
+        lines.append({"loss": loss.item(), "grad_norm": norm.item(),
+                      "hash": batch_hash([corrupted], alone, torch.device("cpu"))})
+        state = state.advanced(len(index))
+    weights = {n: p.detach()[: table[n].shape[0]].numpy() for n, p in model.named_parameters()}
+    return {"lines": lines, "weights": weights}
+
+
+def differences(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
+    """Largest differences: loss (absolute), grad_norm (relative), weights (absolute); `hashes` counts unequal ones."""
+    pairs = list(zip(one["lines"], other["lines"], strict=True))
+    assert one["weights"].keys() == other["weights"].keys()
+    return {
+        "loss": max(abs(a["loss"] - b["loss"]) for a, b in pairs),
+        "grad_norm": max(abs(a["grad_norm"] / b["grad_norm"] - 1) for a, b in pairs),
+        "weights": max(float(np.nan_to_num(abs(one["weights"][n] - w), nan=np.inf).max())
+                       for n, w in other["weights"].items()),
+        "hashes": sum(a["hash"] != b["hash"] for a, b in pairs),
+    }
