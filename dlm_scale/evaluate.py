@@ -74,7 +74,7 @@ def evaluate_checkpoint(inference: Any, args: argparse.Namespace, runtime: Any) 
         "bits_per_byte_se": bits_per_byte(_finite(estimate.nelbo_se) or 0.0, estimate.tokens, num_bytes)
         if num_bytes else None,
         "rows": estimate.rows,
-        "ce_by_mask_ratio": [_finite(ce) for ce in estimate.ce_by_mask_ratio],
+        "ce_by_mask_ratio": list(estimate.ce_by_mask_ratio),
         "step": inference.step,
         "weights": "ema" if inference.weights == "ema" else "raw",
         "num_draws": args.num_draws,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ def _draw_mask_ratio(axes, records) -> None:
     curves = [r for r in records if r.get("val_ce_by_mask_ratio")]
     for record in {r["step"]: r for r in (curves[:1] + curves[len(curves) // 2 : len(curves) // 2 + 1] + curves[-1:])}.values():
         ratio = [(i + 0.5) / 10 for i in range(10)]
-        points = [(m, ce) for m, ce in zip(ratio, record["val_ce_by_mask_ratio"]) if math.isfinite(ce)]
+        points = [(m, ce) for m, ce in zip(ratio, record["val_ce_by_mask_ratio"]) if ce is not None]
         axes.plot(*zip(*points), marker=".", label=f"step {record['step']}")
     axes.set(xlabel="mask ratio", ylabel="cross-entropy of a masked token, nats", title="Validation CE by mask ratio")
     if curves:

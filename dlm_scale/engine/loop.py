@@ -32,11 +32,11 @@ class Outcome:
 
 
 def train_loop(trainer: Trainer, data: Any, validation: Any, state: TrainState, run: Path, documents: dict[str, bytes],
-               record: Callable[[dict], None], stop: StopRequest, fingerprint: str) -> Outcome:
+               record: Callable[[dict], None], stop: StopRequest, fingerprint: str, resumed_from: Path | None) -> Outcome:
     """Train from `state` to the configured end. `record` takes a line for metrics.jsonl (rank 0 writes it)."""
     train = trainer.config.train
     last_step = min(train.num_steps, train.stop_at_step or train.num_steps)
-    clock, saved_at, saved = Clock(trainer, state), None, None
+    clock, saved_at, saved = Clock(trainer, state), state.step if resumed_from else None, resumed_from
     if state.step == 0:
         record(evaluation_record(trainer, validation, state))
     with ThreadPoolExecutor(1) as ahead:

@@ -44,6 +44,8 @@ class AdamW(torch.optim.AdamW):
 
     def _average(self, parameter: torch.Tensor) -> None:
         state = self.state[parameter]
+        if "ema" not in state:  # DeepSpeed takes trial steps before `prepare`
+            return
         updates = state["step"]
         decay = torch.clamp((1 + updates) / (10 + updates), max=self.ema_decay)
         state["ema"].lerp_(parameter.detach(), 1 - decay)

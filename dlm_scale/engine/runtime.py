@@ -72,6 +72,7 @@ def import_deepspeed():
     DeepSpeed try its compilers.
     """
     warnings.filterwarnings("ignore", module="deepspeed")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls
     import deepspeed
     from deepspeed.utils import logger
 

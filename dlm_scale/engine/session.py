@@ -51,7 +51,7 @@ class Session:
         self.metrics = Metrics(self.out / "metrics.jsonl", state.step) if self.runtime.is_first else None
         self._status("running", state, checkpoint.path if checkpoint else None)
         outcome = train_loop(trainer, data, validation, state, self.out, self.documents, self._record,
-                             self.stop, self.fingerprint)
+                             self.stop, self.fingerprint, checkpoint.path if checkpoint else None)
         if self.runtime.is_first:
             self._finish(outcome)
 

@@ -1,0 +1,1 @@
+"""Checkpoints: logical tensors on disk in safetensors, under a manifest that hashes them and itself."""

@@ -1,0 +1,103 @@
+"""Built-in corpora that need no network: `stdlib` (Python's own sources) and `grammar` (exact entropy known)."""
+
+from __future__ import annotations
+
+import ast
+import math
+import platform
+import sysconfig
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+
+from dlm_scale.data.meta import Floor
+from dlm_scale.diffusion.rng import Stream, philox
+from dlm_scale.errors import UsageError
+
+# pydoc_data is one generated English text of 0.7 MB: whichever split it fell into would be mostly that
+NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data"}
+MIN_STDLIB_FILES = 100
+
+GRAMMAR_SYMBOLS = "abcdefghijklmnop"
+GRAMMAR_STEPS = (1, 2, 5, 11)
+GRAMMAR_STEP_PROBABILITY = (0.5, 0.25, 0.125, 0.125)
+GRAMMAR_SEED = 1
+GRAMMAR_LENGTH = {"train": 2_000_000, "val": 200_000}
+
+
+class Document(NamedTuple):
+    """A text; `key` decides its split by hash (default: the text itself), unless `split` names it."""
+
+    text: str
+    key: str | None = None
+    split: str | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """Documents that can be read again from the start, what to record of them, and their entropy where known."""
+
+    documents: Callable[[], Iterator[Document]]
+    description: dict[str, Any]
+    floor: Floor | None = None
+
+
+def stdlib_source(root: Path | None = None) -> Source:
+    """The .py files of the running interpreter's standard library (tests left out) that are UTF-8 and parse.
+
+    Split by file name. Raises UsageError where the interpreter came without sources.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"]) if root is None else root
+    files = sorted(p for p in root.rglob("*.py") if not NOT_STDLIB & set(p.relative_to(root).parts))
+    if len(files) < MIN_STDLIB_FILES:
+        raise UsageError(
+            f"stdlib: only {len(files)} .py files under {root}: this Python came without its library's sources."
+            " Install the full package (python3, not python3-minimal), or prepare a text file of your own"
+        )
+    names = "\n".join(p.relative_to(root).as_posix() for p in files)
+    description = {"name": "stdlib", "python": platform.python_version(), "files": len(files)}
+    description["files_xxh3"] = xxhash.xxh3_64_hexdigest(names.encode())
+    return Source(lambda: _parsable(files, root), description)
+
+
+def _parsable(files: list[Path], root: Path) -> Iterator[Document]:
+    for path in files:
+        try:
+            text = path.read_bytes().decode()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                ast.parse(text)
+        except (ValueError, SyntaxError):
+            continue
+        yield Document(text, key=path.relative_to(root).as_posix())
+
+
+def grammar_source() -> Source:
+    """One stationary stream of 16 letters per split: a random walk on a ring with four unequal steps.
+
+    Its transition matrix is doubly stochastic, so a letter alone has entropy ln 16 and each further one the entropy of
+    the step; a window of L letters has exactly H_L = ln 16 + (L - 1) h nats.
+    """
+    rate = -sum(p * math.log(p) for p in GRAMMAR_STEP_PROBABILITY)
+    description = {"name": "grammar", "seed": GRAMMAR_SEED, "symbols": len(GRAMMAR_SYMBOLS)}
+    return Source(_grammar_documents, description, Floor(math.log(len(GRAMMAR_SYMBOLS)), rate))
+
+
+def _grammar_documents() -> Iterator[Document]:
+    for number, (split, length) in enumerate(GRAMMAR_LENGTH.items()):
+        yield Document(grammar_text(length, GRAMMAR_SEED, number), split=split)
+
+
+def grammar_text(length: int, seed: int, number: int) -> str:
+    """`length` letters of stream `number`; the same seed gives the same text everywhere."""
+    word = philox(seed, np.arange(length, dtype=np.int64), 0, number, int(Stream.SYNTHETIC))[0]
+    limits = np.cumsum(GRAMMAR_STEP_PROBABILITY)[:-1] * 2.0**32
+    steps = np.array(GRAMMAR_STEPS)[np.searchsorted(limits, word, side="right")]
+    steps[0] = word[0] >> np.uint32(28)  # the first letter is uniform: stationary from the start
+    states = np.cumsum(steps) % len(GRAMMAR_SYMBOLS)
+    return np.frombuffer(GRAMMAR_SYMBOLS.encode(), dtype=np.uint8)[states].tobytes().decode()

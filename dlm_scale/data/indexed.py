@@ -1,0 +1,144 @@
+"""Token files in Megatron-LM's indexed format (PREFIX.bin, PREFIX.idx), written byte for byte as its builder does.
+
+.idx, little endian: 9-byte magic, u64 version 1, u8 dtype code, u64 n sequences, u64 m document entries,
+int32 lengths[n], int64 byte pointers[n], int64 document indices[m] (first 0, last n).
+"""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import IO, NoReturn
+
+import numpy as np
+
+from dlm_scale.errors import UsageError
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+DTYPES = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+FLUSH_TOKENS = 1 << 21
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """Megatron's rule: uint16 below 65500 ids, else int32."""
+    return DTYPES[8] if vocab_size < 65500 else DTYPES[4]
+
+
+class IndexedWriter:
+    """Appends documents (one sequence each); the .idx, written by `close`, makes the pair complete."""
+
+    def __init__(self, prefix: str | Path, dtype: np.dtype):
+        self.prefix, self.dtype = str(prefix), np.dtype(dtype)
+        self._bin: IO[bytes] = open(self.prefix + ".bin", "wb")
+        self._pending: list[np.ndarray] = []
+        self._pending_tokens = 0
+        self._lengths: list[int] = []
+
+    def add_document(self, ids: np.ndarray) -> None:
+        """ids: [L] of any integer type, L >= 1, that the dtype holds."""
+        if not 0 < len(ids) < 1 << 31:
+            raise UsageError(f"{self.prefix}.bin: a document of {len(ids)} tokens; the format holds 1 to 2^31 - 1")
+        self._lengths.append(len(ids))
+        self._pending.append(np.asarray(ids, dtype=self.dtype))
+        self._pending_tokens += len(ids)
+        if self._pending_tokens >= FLUSH_TOKENS:
+            self._flush()
+
+    def close(self) -> None:
+        """Finish both files."""
+        self._flush()
+        self._bin.close()
+        lengths = np.array(self._lengths, dtype="<i4")
+        ends = np.cumsum(lengths, dtype="<i8") * self.dtype.itemsize
+        with open(self.prefix + ".idx", "wb") as file:
+            file.write(HEADER.pack(MAGIC, 1, CODES[self.dtype], len(lengths), len(lengths) + 1))
+            file.write(lengths.tobytes())
+            file.write((ends - lengths.astype("<i8") * self.dtype.itemsize).tobytes())
+            file.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
+
+    def _flush(self) -> None:
+        if self._pending:
+            np.concatenate(self._pending).tofile(self._bin)
+        self._pending, self._pending_tokens = [], 0
+
+
+class IndexedDataset:
+    """A read-only view of one pair; opening it checks everything that the two files say of each other.
+
+    `tokens`: all ids, [T] of uint16 or int32, mapped not read. `lengths` [n], `document_indices` [m].
+    Raises UsageError naming the file and what is wrong in it.
+    """
+
+    def __init__(self, prefix: str | Path):
+        self.prefix = str(prefix)
+        self.bin_path, self.idx_path = self.prefix + ".bin", self.prefix + ".idx"
+        index = _map(self.idx_path)
+        self.dtype, num_sequences, num_entries = _read_header(index, self.idx_path)
+        body = index[HEADER.size :]
+        self.lengths = body[: 4 * num_sequences].view("<i4")
+        pointers = body[4 * num_sequences : 12 * num_sequences].view("<i8")
+        self.document_indices = body[12 * num_sequences :].view("<i8")
+        self._check_index(pointers)
+        data = _map(self.bin_path)
+        expected = (int(pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize) if num_sequences else 0
+        if data.size != expected:
+            cause = "cut short or still being written" if data.size < expected else "longer than its index says"
+            _refuse(self.bin_path, f"{data.size} bytes where its index says {expected}: {cause}")
+        self.tokens = data.view(self.dtype)
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.document_indices) - 1
+
+    def document(self, i: int) -> np.ndarray:
+        """Ids of document i, [L]."""
+        start, stop = (int(self.lengths[: self.document_indices[j]].sum(dtype=np.int64)) for j in (i, i + 1))
+        return self.tokens[start:stop]
+
+    def _check_index(self, pointers: np.ndarray) -> None:
+        if not len(self.lengths):
+            _refuse(self.idx_path, "no sequences in it")
+        if self.lengths.min() <= 0:
+            _refuse(self.idx_path, f"sequence {int(self.lengths.argmin())} has length {self.lengths.min()}")
+        steps = self.lengths[:-1].astype(np.int64) * self.dtype.itemsize
+        if pointers[0] != 0 or not np.array_equal(pointers[1:], np.cumsum(steps)):
+            _refuse(self.idx_path, "byte pointers do not follow from the sequence lengths (or from the dtype code)")
+        documents = self.document_indices
+        if documents[0] != 0 or documents[-1] != len(self.lengths) or (documents[1:] < documents[:-1]).any():
+            _refuse(self.idx_path, f"document indices do not rise from 0 to {len(self.lengths)} sequences")
+
+
+def _read_header(index: np.ndarray, path: str) -> tuple[np.dtype, int, int]:
+    if index.size < HEADER.size:
+        _refuse(path, f"{index.size} bytes are less than a header")
+    magic, version, code, num_sequences, num_entries = HEADER.unpack(index[: HEADER.size].tobytes())
+    if magic != MAGIC:
+        _refuse(path, "not an index in Megatron's format (bad magic)")
+    if version != 1:
+        _refuse(path, f"version {version} of the format; only 1 is known")
+    if code not in DTYPES:
+        _refuse(path, f"dtype code {code}; token files are 4 (int32) or 8 (uint16)")
+    if num_entries < 2:
+        _refuse(path, "no documents in it")
+    expected = HEADER.size + 12 * num_sequences + 8 * num_entries
+    if index.size == expected + num_sequences:
+        _refuse(path, "it carries modes of a multimodal dataset, which are not text")
+    if index.size != expected:
+        _refuse(path, f"{index.size} bytes where its header says {expected}")
+    return DTYPES[code], num_sequences, num_entries
+
+
+def _map(path: str) -> np.ndarray:
+    try:
+        # np.asarray: slicing an np.memmap costs half of the reading time
+        return np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror or error}. Is the prefix right (the path without .bin)?") from error
+    except ValueError:
+        _refuse(path, "it is empty")
+
+
+def _refuse(path: str, cause: str) -> NoReturn:
+    raise UsageError(f"{path}: {cause}. Copy the dataset again, or prepare it again")

@@ -1,0 +1,242 @@
+"""Tokenizers: a kind and the files it needs make one; both travel with every dataset and checkpoint.
+
+Every kind takes text as text: names of special tokens inside a document are encoded as ordinary characters.
+"""
+
+from __future__ import annotations
+
+import base64
+import difflib
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dlm_scale.data.meta import TokenizerFiles, TokenizerMeta, parse
+from dlm_scale.data.optional import import_optional
+from dlm_scale.data.vocabulary import Vocabulary
+from dlm_scale.errors import UsageError
+
+GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+GPT2_RANKS = 50256
+GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+GPT2_FILE, CHAR_FILE, HF_FILE = "gpt2.tiktoken", "characters.json", "tokenizer.json"
+MASK_TOKENS = ("<|mdm_mask|>", "<|mask|>", "[MASK]", "<mask>", "<MASK>")
+EOS_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "[SEP]")
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """`encode(text)` gives int64 ids [L]; `decode(ids, mask_char="_")` gives text, the mask shown as `mask_char`.
+
+    `files` maps file name to content. `eos_id` separates documents, None where the kind has no separator.
+    """
+
+    kind: str
+    vocabulary: Vocabulary
+    eos_id: int | None
+    files: Mapping[str, bytes]
+    encode: Callable[[str], np.ndarray]
+    _decode: Callable[[np.ndarray, str], str]
+
+    def decode(self, ids: Any, mask_char: str = "_") -> str:
+        return self._decode(np.asarray(ids, dtype=np.int64).reshape(-1), mask_char)
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over the kind and its files, in name order."""
+        digest = hashlib.sha256(self.kind.encode())
+        for name in sorted(self.files):
+            digest.update(name.encode() + b"\0" + hashlib.sha256(self.files[name]).digest())
+        return digest.hexdigest()
+
+    @property
+    def meta(self) -> TokenizerMeta:
+        v = self.vocabulary
+        named = TokenizerFiles(self.kind, tuple(sorted(self.files)), self.hash)
+        return TokenizerMeta(named, v.size, v.mask_id, v.suppressed_ids, self.eos_id)
+
+    def save(self, folder: str | Path) -> list[str]:
+        """Write its files into `folder`; returns their names."""
+        for name, content in self.files.items():
+            (Path(folder) / name).write_bytes(content)
+        return sorted(self.files)
+
+
+def make_tokenizer(spec: str, texts: Iterable[str] = ()) -> Tokenizer:
+    """The tokenizer that `--tokenizer` names; `char` takes its vocabulary from `texts` (read only then).
+
+    spec: `byte`, `char`, `gpt2`, a GPT-2 `.tiktoken` ranks file, a Hugging Face `tokenizer.json` (or its folder).
+    Raises UsageError for anything else.
+    """
+    path = Path(spec).expanduser()
+    if spec == "byte":
+        return _byte({})
+    if spec == "char":
+        characters = "".join(sorted(set().union(*texts)))
+        return _char({CHAR_FILE: json.dumps(characters).encode()})
+    if spec == "gpt2":
+        return _gpt2({GPT2_FILE: _gpt2_ranks()})
+    if path.suffix == ".tiktoken":
+        return _gpt2({GPT2_FILE: _read(path)})
+    if path.suffix == ".json" or (path / HF_FILE).is_file():
+        return _hf({HF_FILE: _read(path / HF_FILE if path.is_dir() else path)})
+    near = difflib.get_close_matches(spec, ("byte", "char", "gpt2"), 1)
+    hint = f"Did you mean {near[0]!r}?" if near else "Give byte, char, gpt2, a .tiktoken file or a tokenizer.json"
+    raise UsageError(f"--tokenizer {spec!r} is not a known tokenizer. {hint}")
+
+
+def load_tokenizer(folder: str | Path, meta: Mapping[str, Any] | TokenizerMeta) -> Tokenizer:
+    """Rebuild the tokenizer of a dataset or checkpoint folder, without network.
+
+    meta: a dataset's meta, or (a superset of) its `tokenizer_dict()`. Raises UsageError where files and meta disagree.
+    """
+    if not isinstance(meta, TokenizerMeta):
+        known = {k: meta[k] for k in TokenizerMeta.__dataclass_fields__ if k in meta}
+        meta = parse(TokenizerMeta, known, f"{folder}: tokenizer meta")
+    named = meta.tokenizer
+    if named.kind not in KINDS:
+        cause = "it was trained on synthetic tokens" if named.kind == "none" else f"kind {named.kind!r} is unknown"
+        raise UsageError(f"{folder}: there is no tokenizer here that could read or write text: {cause}")
+    made = KINDS[named.kind]({name: _read(Path(folder) / name) for name in named.files})
+    if (made.hash, made.vocabulary, made.eos_id) != (named.hash, meta.vocabulary, meta.eos_id):
+        raise UsageError(f"{folder}: its tokenizer files {list(named.files)} are not those that its meta describes")
+    return made
+
+
+def copy_tokenizer(meta: Mapping[str, Any] | TokenizerMeta, src: str | Path, dst: str | Path) -> list[str]:
+    """Copy the tokenizer's files from one folder to another, checked by their hash; returns their names."""
+    kind = meta.tokenizer.kind if isinstance(meta, TokenizerMeta) else meta["tokenizer"]["kind"]
+    return [] if kind == "none" else load_tokenizer(src, meta).save(dst)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"tokenizer file {path}: {error.strerror}") from error
+
+
+def _by_runs(decode: Callable[[np.ndarray], str], mask_id: int) -> Callable[[np.ndarray, str], str]:
+    """A decoder for ids with masks, from one for ids without: each run between masks is decoded alone."""
+
+    def decode_all(ids: np.ndarray, mask_char: str) -> str:
+        runs = np.split(ids, np.flatnonzero(ids == mask_id))
+        return mask_char.join(decode(run[run != mask_id]) for run in runs)
+
+    return decode_all
+
+
+def _byte(files: Mapping[str, bytes]) -> Tokenizer:
+    """256 bytes of UTF-8, then the mask; byte 0, which text does not hold, separates documents."""
+
+    def encode(text: str) -> np.ndarray:
+        return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64)
+
+    def decode(ids: np.ndarray) -> str:
+        return ids.astype(np.uint8).tobytes().decode(errors="replace")
+
+    return Tokenizer("byte", Vocabulary(257, 256), 0, files, encode, _by_runs(decode, 256))
+
+
+def _char(files: Mapping[str, bytes]) -> Tokenizer:
+    """The characters of a text in code point order, then the mask."""
+    characters = json.loads(files[CHAR_FILE])
+    if not characters:
+        raise UsageError("the char tokenizer found no characters: the source holds no text")
+    code_points = np.array([ord(c) for c in characters], dtype=np.uint32)
+
+    def encode(text: str) -> np.ndarray:
+        points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+        ids = np.minimum(np.searchsorted(code_points, points), len(characters) - 1)
+        unknown = np.flatnonzero(code_points[ids] != points)
+        if unknown.size:
+            raise UsageError(f"character {text[unknown[0]]!r} is not among the {len(characters)} of this char tokenizer")
+        return ids.astype(np.int64)
+
+    def decode(ids: np.ndarray) -> str:
+        return "".join(characters[i] for i in ids)
+
+    mask_id = len(characters)
+    return Tokenizer("char", Vocabulary(mask_id + 1, mask_id), None, files, encode, _by_runs(decode, mask_id))
+
+
+def _gpt2(files: Mapping[str, bytes]) -> Tokenizer:
+    """GPT-2's byte-level BPE (OpenAI, 2019): 50256 ranks, <|endoftext|>, then the mask."""
+    digest = hashlib.sha256(files[GPT2_FILE]).hexdigest()
+    if digest != GPT2_SHA256:
+        raise UsageError(
+            f"this .tiktoken file is not GPT-2's (sha256 {digest[:12]}..., expected {GPT2_SHA256[:12]}...): a ranks file"
+            " does not say how its text is split. Give GPT-2's, or that tokenizer's tokenizer.json"
+        )
+    tiktoken = import_optional("tiktoken", "the gpt2 tokenizer")
+    pairs = (line.split() for line in files[GPT2_FILE].splitlines())
+    ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
+    bpe = tiktoken.Encoding(
+        "gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": GPT2_RANKS}
+    )
+
+    def encode(text: str) -> np.ndarray:
+        return bpe.encode_to_numpy(text, disallowed_special=()).astype(np.int64)
+
+    mask_id = GPT2_RANKS + 1
+    decode = _by_runs(lambda ids: bpe.decode(ids.tolist()), mask_id)
+    return Tokenizer("gpt2", Vocabulary(mask_id + 1, mask_id), GPT2_RANKS, files, encode, decode)
+
+
+def _gpt2_ranks() -> bytes:
+    """GPT-2's ranks file from tiktoken's own cache, else from the network."""
+    tiktoken = import_optional("tiktoken", "the gpt2 tokenizer")
+    try:
+        bpe = tiktoken.get_encoding("r50k_base")
+    except OSError as error:
+        raise UsageError(
+            "--tokenizer gpt2: tiktoken has no copy of GPT-2's ranks and could not fetch one"
+            f" ({type(error).__name__}). Give a local file: --tokenizer PATH/gpt2.tiktoken"
+        ) from error
+    lines = (base64.b64encode(bpe.decode_single_token_bytes(i)) + b" %d\n" % i for i in range(GPT2_RANKS))
+    return b"".join(lines)
+
+
+def _hf(files: Mapping[str, bytes]) -> Tokenizer:
+    """A Hugging Face tokenizer.json; a mask or separator that it lacks is added behind its last id."""
+    tokenizers = import_optional("tokenizers", HF_FILE)
+    try:
+        bpe = tokenizers.Tokenizer.from_str(files[HF_FILE].decode())
+    except Exception as error:  # the library raises bare Exception
+        raise UsageError(f"{HF_FILE} is not a tokenizer that the `tokenizers` library reads: {error}") from error
+    bpe.no_truncation()
+    bpe.no_padding()
+    bpe.encode_special_tokens = True
+    eos_id, mask_id = (_special_id(bpe, tokenizers, names) for names in (EOS_TOKENS, MASK_TOKENS))
+    ids = set(bpe.get_vocab().values())
+    if len(ids) != len(bpe.get_vocab()):
+        raise UsageError(f"{HF_FILE}: two of its tokens share an id; it has no room for a mask or separator token")
+    size = max(ids) + 1
+    gaps = tuple(i for i in range(size) if i not in ids)
+    mask_token = bpe.id_to_token(mask_id)
+
+    def decode(ids: np.ndarray, mask_char: str) -> str:
+        return bpe.decode(ids.tolist(), skip_special_tokens=False).replace(mask_token, mask_char)
+
+    def encode(text: str) -> np.ndarray:
+        return np.array(bpe.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+
+    return Tokenizer("hf", Vocabulary(size, mask_id, gaps), eos_id, files, encode, decode)
+
+
+def _special_id(bpe: Any, tokenizers: Any, names: tuple[str, ...]) -> int:
+    special = {t.content for t in bpe.get_added_tokens_decoder().values() if t.special}
+    name = next((n for n in names if n in special), names[0])
+    if name not in special:
+        bpe.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False)])
+    return bpe.token_to_id(name)
+
+
+KINDS: dict[str, Callable[[Mapping[str, bytes]], Tokenizer]] = {
+    "byte": _byte, "char": _char, "gpt2": _gpt2, "hf": _hf,
+}  # fmt: skip

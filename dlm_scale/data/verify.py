@@ -1,0 +1,72 @@
+"""Checking and showing an indexed dataset: `dlm data verify|stats|head`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dlm_scale.data.indexed import FLUSH_TOKENS
+from dlm_scale.data.loader import open_split, refuse_id
+from dlm_scale.data.meta import BLOCK_BYTES
+from dlm_scale.data.prepare import block_hashes
+from dlm_scale.data.tokenizer import load_tokenizer
+from dlm_scale.errors import UsageError
+
+
+def verify(prefix: str) -> str:
+    """Check files, hashes, every id and the tokenizer; returns one line. Raises UsageError at the first fault."""
+    meta, name, data = open_split(prefix)
+    split = meta.splits[name]
+    for i, (found, expected) in enumerate(zip(block_hashes(data.bin_path), split.bin_xxh3, strict=True)):
+        if found != expected:
+            where = f"bytes {i * BLOCK_BYTES} to {min((i + 1) * BLOCK_BYTES, split.bin_bytes) - 1}"
+            raise UsageError(f"{data.bin_path}: {where} have changed since it was prepared. Copy or prepare it again")
+    max_id = 0
+    for start in range(0, len(data.tokens), FLUSH_TOKENS):
+        ids = data.tokens[start : start + FLUSH_TOKENS]
+        bad = meta.vocabulary.first_invalid(ids)
+        if bad is not None:
+            refuse_id(data.bin_path, start + bad, int(ids[bad]), meta.vocabulary)
+        max_id = max(max_id, int(ids.max()))
+    if max_id != split.max_id:
+        raise UsageError(f"{data.bin_path}: its largest id is {max_id}, meta.json says {split.max_id}. Prepare it again")
+    load_tokenizer(Path(prefix).parent, meta)
+    return f"{prefix}: {split.tokens:,} tokens in {split.documents:,} documents, {len(split.bin_xxh3)} blocks: all good"
+
+
+def stats(prefix: str) -> dict[str, Any]:
+    """Numbers about a split: counts, bytes per token, entropies in nats per token, document lengths in tokens."""
+    meta, name, data = open_split(prefix)
+    split = meta.splits[name]
+    quantiles = np.quantile(np.diff(np.cumsum(np.append(0, data.lengths))[data.document_indices]), (0, 0.5, 1))
+    return {
+        "tokenizer": f"{meta.tokenizer.kind} ({meta.tokenizer.hash[:12]})",
+        "vocab_size": meta.vocab_size,
+        "mask_id": meta.mask_id,
+        "eos_id": meta.eos_id,
+        "tokens": split.tokens,
+        "documents": split.documents,
+        "text_bytes": split.bytes,
+        "bytes_per_token": round(split.bytes / split.tokens, 4),
+        "max_id": split.max_id,
+        "unigram_entropy": round(split.unigram_entropy, 4),
+        "entropy_rate": round(meta.floor.rate, 4) if meta.floor else None,
+        "document_length_min_median_max": [int(q) for q in quantiles],
+        "source": meta.source,
+    }
+
+
+def head(prefix: str, count: int, seq_len: int, max_characters: int) -> Iterator[str]:
+    """The first `count` documents as text, or the first windows of `seq_len` tokens where that is not 0."""
+    meta, _, data = open_split(prefix)
+    made = load_tokenizer(Path(prefix).parent, meta)
+    if seq_len:
+        pieces = (data.tokens[start : start + seq_len] for start in range(0, len(data.tokens), seq_len))
+    else:
+        pieces = (data.document(i) for i in range(data.num_documents))
+    for _, ids in zip(range(count), pieces, strict=False):
+        text = made.decode(ids[: 8 * max_characters])
+        yield text if len(text) <= max_characters else text[:max_characters] + " ..."

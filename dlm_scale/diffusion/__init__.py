@@ -1,0 +1,1 @@
+"""The mathematics of masked diffusion: pure functions of tensors, ignorant of ranks, configs and models."""

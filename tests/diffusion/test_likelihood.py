@@ -1,0 +1,186 @@
+"""The NELBO estimator: unbiased, honest about its error, and the same for every split of the rows."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from dlm_scale.diffusion.likelihood import (
+    RowSums,
+    bits_per_byte,
+    estimate_nelbo,
+    evaluation_draws,
+    perplexity,
+    row_sums,
+    summarise,
+)
+
+V, L = 3, 5
+MASK_ID = V
+
+
+def rows_of(chain, num_rows, seed=0):
+    which = torch.multinomial(chain.log_p_X.exp(), num_rows, True, generator=torch.Generator().manual_seed(seed))
+    return which, chain.x_XL[which]
+
+
+def estimate(ce_fn, x0_BL, seed=0, num_draws=4, maskable_BL=None, first=0):
+    batch = (x0_BL, np.arange(first, first + len(x0_BL), dtype=np.int64), maskable_BL)
+    return estimate_nelbo(ce_fn, [batch], seed=seed, num_draws=num_draws, mask_id=MASK_ID)
+
+
+@pytest.mark.parametrize("num_draws", [2, 8])
+def test_interval_of_the_monte_carlo_part_covers_the_exact_value(chain, num_draws):
+    ce_XML = chain.ce_table(chain.random_net())
+    which, x0_BL = rows_of(chain, 150)
+    exact = chain.exact_nelbo(ce_XML)[which].sum().item() / (150 * L)
+    estimates = [estimate(chain.ce_fn(ce_XML), x0_BL, seed, num_draws) for seed in range(400)]
+    error = np.array([e.nelbo - exact for e in estimates])
+    se = np.array([e.nelbo_se_mc for e in estimates])
+    covered = (np.abs(error) < 1.96 * se).mean()
+    assert abs(covered - 0.95) < 3 * (0.95 * 0.05 / 400) ** 0.5
+    assert abs(error.mean()) < 4 * error.std() / 20 and error.std() > 1e-3
+    # the reported variance is the true one: chi-square spread of 400 estimates
+    assert (se**2).mean() == pytest.approx(error.var(), rel=4 * (2 / 400) ** 0.5)
+
+
+def test_row_interval_covers_the_mean_of_the_source(chain):
+    ce_XML = chain.ce_table(chain.random_net())
+    population = (chain.log_p_X.exp() @ chain.exact_nelbo(ce_XML)).item() / L
+    estimates = [
+        estimate(chain.ce_fn(ce_XML), rows_of(chain, 80, seed)[1], seed=1, num_draws=10, first=80 * seed)
+        for seed in range(300)
+    ]
+    covered = np.mean([abs(e.nelbo - population) < 1.96 * e.nelbo_se for e in estimates])
+    assert abs(covered - 0.95) < 3 * (0.95 * 0.05 / 300) ** 0.5
+    variance, variance_mc = (np.mean([getattr(e, k) ** 2 for e in estimates]) for k in ("nelbo_se", "nelbo_se_mc"))
+    assert 0 < variance_mc < variance / 1.5  # the rows' own spread is a part of the one, not of the other
+
+
+def test_ragged_rows_use_the_ratio_estimator(chain):
+    ce_XML = chain.ce_table(chain.random_net())
+    maskable_BL = np.arange(L) < np.random.default_rng(0).integers(0, L + 1, 120)[:, None]
+    _, x0_BL = rows_of(chain, 120)
+    options = dict(seed=3, num_draws=4, mask_id=MASK_ID, maskable_BL=maskable_BL)
+    sums = row_sums(chain.ce_fn(ce_XML), x0_BL, np.arange(120), **options)
+    e = summarise([sums])
+    row_R, length_R = sums.weighted_ce_RK.mean(1), maskable_BL.sum(1)
+    assert e.tokens == maskable_BL.sum() and e.rows == 120 and (row_R[length_R == 0] == 0).all()
+    assert e.nelbo == pytest.approx(row_R.sum() / length_R.sum(), rel=1e-12)
+    leave_out = (row_R.sum() - row_R) / (length_R.sum() - length_R)  # jackknife, an independent formula
+    jackknife = math.sqrt(119 / 120 * ((leave_out - leave_out.mean()) ** 2).sum())
+    assert e.nelbo_se == pytest.approx(jackknife, rel=0.03)
+
+
+def test_oracle_estimate_is_minus_log_p_also_given_a_visible_prefix(chain):
+    ce_fn = chain.ce_fn(chain.ce_table(chain.oracle))
+    x_L = chain.x_XL[100]
+    x0_BL = x_L.expand(20_000, L).contiguous()
+    e = estimate(ce_fn, x0_BL, num_draws=10)
+    assert abs(e.nelbo * L + chain.log_p_X[100].item()) < 4 * L * e.nelbo_se_mc < 0.1
+    prefix_log_p = chain.log_p_X[(chain.x_XL[:, :2] == x_L[:2]).all(-1)].logsumexp(0)
+    conditional = estimate(ce_fn, x0_BL, num_draws=10, maskable_BL=np.arange(L) >= 2 + np.zeros((20_000, 1)))
+    expected = (prefix_log_p - chain.log_p_X[100]).item()
+    assert abs(conditional.nelbo * 3 - expected) < 4 * 3 * conditional.nelbo_se_mc < 0.1
+
+
+def test_any_split_and_order_of_the_rows_gives_the_same_bits(chain):
+    ce_fn = chain.ce_fn(chain.ce_table(chain.random_net()))
+    _, x0_BL = rows_of(chain, 23)
+    options = dict(seed=5, num_draws=6, mask_id=MASK_ID)
+    whole = summarise([row_sums(ce_fn, x0_BL, np.arange(23), **options)])
+    for world in (2, 3, 8):
+        parts = [row_sums(ce_fn, x0_BL[r::world], np.arange(r, 23, world), **options) for r in range(world)]
+        assert summarise(reversed(parts)) == whole
+    filler = row_sums(ce_fn, x0_BL[:2], np.array([-1, -1]), **options)
+    assert summarise([filler, row_sums(ce_fn, x0_BL, np.arange(23), **options)]) == whole
+
+
+def test_draws_depend_on_seed_row_and_draw_alone(chain):
+    _, x0_BL = rows_of(chain, 40)
+    index_B = np.arange(2**32 - 20, 2**32 + 20)
+    options = dict(seed=1, num_draws=4, mask_id=MASK_ID)
+    whole = list(evaluation_draws(x0_BL, index_B, **options))
+    for i in (0, 19, 20, 39):
+        alone = list(evaluation_draws(x0_BL[i : i + 1], index_B[i : i + 1], **options))
+        assert all(torch.equal(a.xt_BL[0], b.xt_BL[i]) for a, b in zip(alone, whole, strict=True))
+    other_seed = list(evaluation_draws(x0_BL, index_B, **options | {"seed": 2}))
+    assert len({tuple(c.is_masked_BL.flatten().tolist()) for c in whole + other_seed}) == 8
+
+
+def test_draws_are_stratified_over_the_sizes_in_each_replicate():
+    x0_BL, length = np.zeros((50, 10), np.int64), 10
+    draws = list(evaluation_draws(x0_BL, np.arange(50), seed=0, num_draws=40, mask_id=1))
+    sizes_KB = np.stack([c.is_masked_BL.sum(1).numpy() for c in draws])
+    for half in (sizes_KB[:20], sizes_KB[20:]):
+        assert all((np.bincount(half[:, b], minlength=11)[1:] == 2).all() for b in range(50))
+    for c in draws:
+        size_B = c.is_masked_BL.sum(1)
+        row_of_N = c.rows_N // length
+        assert torch.equal(c.weight_N, (length / size_B.double()).float()[row_of_N])
+        assert torch.equal(c.weight_N, c.elbo_weight_N) and c.denominator == 1.0
+        assert torch.equal(c.m_B, (size_B / length).float())
+
+
+def test_replicates_are_independent(chain):
+    ce_XML = chain.ce_table(chain.random_net())
+    x0_BL = chain.x_XL[7].expand(20_000, L).contiguous()
+    sums = row_sums(chain.ce_fn(ce_XML), x0_BL, np.arange(20_000), seed=2, num_draws=6, mask_id=MASK_ID)
+    a_R, b_R = sums.weighted_ce_RK[:, :3].mean(1), sums.weighted_ce_RK[:, 3:].mean(1)
+    assert abs(np.corrcoef(a_R, b_R)[0, 1]) < 4 / 20_000**0.5
+    assert a_R.var() == pytest.approx(b_R.var(), rel=0.05)
+
+
+def test_uniform_predictor_costs_log_v_in_every_draw_and_bin():
+    x0_BL = np.zeros((7, 20), np.int64)
+    e = estimate_nelbo(
+        lambda c: torch.full((c.rows_N.numel(),), math.log(V)), [(x0_BL, np.arange(7), None)],
+        seed=0, num_draws=40, mask_id=MASK_ID,
+    )  # fmt: skip
+    assert e.nelbo == pytest.approx(math.log(V), rel=1e-6) and max(e.nelbo_se, e.nelbo_se_mc) < 1e-6
+    assert e.ce_by_mask_ratio == pytest.approx([math.log(V)] * 10, rel=1e-6)
+    # each size 1..20 twice a row; bin k holds sizes 2k+1 and 2k+2
+    assert e.num_by_mask_ratio == tuple(7 * 2 * (4 * k + 3) for k in range(10))
+    assert (e.tokens, e.rows) == (140, 7)
+
+
+def test_ce_curve_is_the_mean_over_masked_tokens():
+    sums = RowSums(
+        row_index_R=np.array([1, 0]),
+        weighted_ce_RK=np.array([[20.0, 8.0], [3.0, 40.0]]),
+        num_masked_RK=np.array([[1, 10], [1, 1]]),
+        num_maskable_R=np.array([10, 20]),
+    )
+    e = summarise([sums])
+    assert e.num_by_mask_ratio == (3, 0, 0, 0, 0, 0, 0, 0, 0, 10)
+    assert e.ce_by_mask_ratio[0] == pytest.approx((20 / 10 + 3 / 20 + 40 / 20) / 3)
+    assert e.ce_by_mask_ratio[9] == pytest.approx(8 / 10) and e.ce_by_mask_ratio[1:9] == (None,) * 8
+    assert e.nelbo == pytest.approx((14 + 21.5) / 30)
+    assert e.nelbo_se_mc == pytest.approx(math.sqrt(6**2 + 18.5**2) / 30)
+
+
+def test_one_row_has_no_row_error(chain):
+    _, x0_BL = rows_of(chain, 1)
+    e = estimate(chain.ce_fn(chain.ce_table(chain.oracle)), x0_BL)
+    assert math.isnan(e.nelbo_se) and math.isfinite(e.nelbo_se_mc) and math.isfinite(e.nelbo)
+
+
+def test_units():
+    assert bits_per_byte(math.log(2), 30, 10) == pytest.approx(3.0)
+    assert perplexity(math.log(7)) == pytest.approx(7.0) and perplexity(1e4) == math.inf
+
+
+def test_misuse_is_refused(chain):
+    x0_BL = chain.x_XL[:2]
+    for num_draws in (0, 1, 3):
+        with pytest.raises(ValueError, match="num_draws"):
+            next(evaluation_draws(x0_BL, np.arange(2), seed=0, num_draws=num_draws, mask_id=MASK_ID))
+    sums = row_sums(lambda c: torch.zeros(c.rows_N.numel()), x0_BL, np.arange(2), seed=0, num_draws=2, mask_id=MASK_ID)
+    with pytest.raises(ValueError, match="twice"):
+        summarise([sums, sums])
+    with pytest.raises(ValueError, match="maskable"):
+        summarise([dataclasses.replace(sums, num_maskable_R=np.zeros(2, np.int64))])
+    with pytest.raises(ValueError, match="indices"):
+        next(evaluation_draws(x0_BL, np.arange(3), seed=0, num_draws=2, mask_id=MASK_ID))

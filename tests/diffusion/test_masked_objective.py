@@ -1,0 +1,95 @@
+"""Invariant I13 and the objective's sums, with a table of logits in place of a network."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dlm_scale.diffusion.corruption import corrupt
+from dlm_scale.diffusion.objective import masked_diffusion
+from dlm_scale.diffusion.schedule import SCHEDULES
+from dlm_scale.diffusion.timestep import stratified_times
+from dlm_scale.diffusion.weighting import WEIGHTINGS
+
+V, B, L = 6, 8, 12
+
+
+class TableHead:
+    """The head contract of docs/design.md over given logits."""
+
+    def __init__(self, logits_NV):
+        self.logits_NV = logits_NV
+
+    def cross_entropy(self, target_N, weight_N):
+        ce_N = F.cross_entropy(self.logits_NV, target_N, reduction="none")
+        return (weight_N * ce_N).sum(), ce_N, self.logits_NV.argmax(-1) == target_N
+
+
+def network(logits_BLV):
+    def hidden_fn(xt_BL, *, m_B, rows_N, readout, attention=None):
+        assert m_B.shape == xt_BL.shape[:1]
+        return readout(TableHead(logits_BLV.flatten(0, 1)[rows_N]))
+
+    return hidden_fn
+
+
+def batch(rows, weighting="count", t_B=None):
+    x0_BL = np.random.default_rng(0).integers(0, V, (B, L))[rows]
+    t_B = stratified_times(1, 0, B, rows) if t_B is None else t_B
+    return corrupt(
+        x0_BL, np.asarray(rows, np.int64), t_B, seed=1, schedule=SCHEDULES["linear"], weighting=WEIGHTINGS[weighting],
+        mask_id=V, denominator=B * L,
+    )  # fmt: skip
+
+
+def logits() -> torch.Tensor:
+    return torch.randn(B, L, V, generator=torch.Generator().manual_seed(3), dtype=torch.float64).requires_grad_()
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_gradient_is_weight_times_softmax_minus_one_hot_on_masked_rows_only(weighting):
+    table, c = logits(), batch(np.arange(B), weighting)
+    loss_sum, _ = masked_diffusion(network(table), c)
+    (loss_sum / c.denominator).backward()
+    expected = torch.zeros(B * L, V, dtype=torch.float64)
+    residual = torch.softmax(table.detach().flatten(0, 1)[c.rows_N], -1) - F.one_hot(c.target_N, V)
+    expected[c.rows_N] = c.weight_N.double()[:, None] * residual / (B * L)
+    torch.testing.assert_close(table.grad.flatten(0, 1), expected, rtol=1e-12, atol=0)
+    assert table.grad[~c.is_masked_BL].abs().max() == 0 and 0 < c.rows_N.numel() < B * L
+
+
+def test_stats_are_plain_sums_over_masked_tokens():
+    table, c = logits(), batch(np.arange(B), "simple")
+    loss_sum, stats = masked_diffusion(network(table), c)
+    log_prob = torch.log_softmax(table.detach(), -1).flatten(0, 1)[c.rows_N]
+    ce_N = -log_prob.gather(1, c.target_N[:, None])[:, 0]
+    assert set(stats) == {"nelbo_sum", "ce_sum", "num_masked", "num_correct"}
+    assert all(s.dtype == torch.float64 and s.ndim == 0 and not s.requires_grad for s in stats.values())
+    assert stats["ce_sum"].item() == pytest.approx(ce_N.sum().item(), rel=1e-12) == loss_sum.item()
+    assert stats["nelbo_sum"].item() == pytest.approx((c.elbo_weight_N.double() * ce_N).sum().item(), rel=1e-12)
+    assert stats["num_masked"].item() == c.rows_N.numel()
+    assert stats["num_correct"].item() == (log_prob.argmax(-1) == c.target_N).sum().item() > 0
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+def test_micro_batches_add_up_to_the_whole(micro_batch_size):
+    whole_table, table = logits(), logits()
+    whole_loss, whole_stats = masked_diffusion(network(whole_table), batch(np.arange(B)))
+    whole_loss.backward()
+    total = 0.0
+    for rows in np.arange(B).reshape(-1, micro_batch_size):
+        loss_sum, stats = masked_diffusion(network(table[torch.from_numpy(rows)]), batch(rows))
+        loss_sum.backward()
+        total += loss_sum.item()
+        whole_stats = {k: v - stats[k] for k, v in whole_stats.items()}
+    assert total == pytest.approx(whole_loss.item(), rel=1e-12)
+    torch.testing.assert_close(table.grad, whole_table.grad, rtol=1e-12, atol=0)
+    assert all(abs(v.item()) < 1e-9 for v in whole_stats.values())
+
+
+def test_a_batch_without_masked_tokens_still_has_a_gradient_of_zero():
+    table, c = logits(), batch(np.arange(B), t_B=np.full(B, 1e-12))
+    loss_sum, stats = masked_diffusion(network(table), c)
+    loss_sum.backward()
+    assert loss_sum.item() == 0 and table.grad.abs().max() == 0
+    assert all(v.item() == 0 for v in stats.values())

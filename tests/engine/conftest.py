@@ -1,0 +1,28 @@
+import pytest
+
+import deepspeed  # noqa: F401  (once, before any fork)
+
+from dlm_scale.data.prepare import prepare
+
+
+@pytest.fixture(scope="session")
+def grammar(tmp_path_factory):
+    """The `grammar` corpus as characters: D/train, D/val."""
+    out = tmp_path_factory.mktemp("grammar")
+    prepare("grammar", "char", out, overwrite=True)
+    return out
+
+
+@pytest.fixture(scope="session")
+def config_file(tmp_path_factory, grammar):
+    """A small run on it; tests change it by overrides."""
+    path = tmp_path_factory.mktemp("config") / "small.yaml"
+    path.write_text(f"""
+model: {{num_layers: 2, hidden_size: 32, num_heads: 4, seq_len: 16}}
+data: {{train: {grammar}/train, validation: {grammar}/val}}
+train: {{global_batch_size: 8, micro_batch_size: 4, num_steps: 12, precision: fp32, log_every: 1, eval_every: 6,
+         eval_rows: 8, eval_draws: 2, save_every: 6, out: unset, ema_decay: 0.9, seed: 3}}
+optimizer: {{learning_rate: 1e-2, warmup_steps: 4, gradient_clip: 0.5}}
+deepspeed: {{zero_optimization: {{stage: 1}}}}
+""")
+    return path
