@@ -222,9 +222,6 @@ def _indivisible(key: str, value: int, by_key: str, by: int) -> Problem:
     return key, f"= {value} does not divide by {by_key} = {by}"
 
 
-# ---- batch arithmetic -------------------------------------------------------------------------------------------
-
-
 def nearest_batches(global_batch: int, micro_batch: int, ranks: int) -> list[tuple[int, int]]:
     """The three (global, micro) batch sizes that fit `ranks` data-parallel ranks with the least relative change."""
     choices = set()
@@ -249,15 +246,12 @@ def _batch_text(train: TrainConfig, ranks: int) -> str:
 def resolve_batch(config: Config, data_parallel_size: int) -> int:
     """Micro-batches that each data-parallel rank accumulates for one step.
 
-    Raises UsageError, with the equation and the three nearest valid settings, where the global batch does not divide.
+    Raises UsageError, with the equation and the three nearest valid settings, where it does not divide.
     """
     unit = config.train.micro_batch_size * data_parallel_size
     if config.train.global_batch_size % unit:
         raise UsageError(f"train.global_batch_size {_batch_text(config.train, data_parallel_size)}")
     return config.train.global_batch_size // unit
-
-
-# ---- from raw values to a Config --------------------------------------------------------------------------------
 
 
 def _read(path: Path) -> str:
@@ -359,7 +353,7 @@ def _section_at(parents: Sequence[str | int]) -> type[Section]:
     section: Any = Config
     for part in parents:
         annotation = section.model_fields[part].annotation if isinstance(part, str) else section
-        section = annotation if isinstance(annotation, type) else get_args(annotation)[0]
+        section = (get_args(annotation) or (annotation,))[0]
     return section
 
 
@@ -373,8 +367,6 @@ def dump_config(config: Config) -> str:
     """The resolved config as YAML text; `load_config` reads it back to an equal Config."""
     return dump_yaml(config.model_dump(mode="json"))
 
-
-# ---- comparing two runs' configs --------------------------------------------------------------------------------
 
 RESULT_NEUTRAL = (
     "parallel",

@@ -33,7 +33,7 @@ def main() -> None:
     stage(2, f"train {CONFIG} through the deepspeed launcher, {ranks} ranks")
     train(ranks)
     stage(3, "evaluate")
-    report = json.loads(command("-m", "dlm_scale.cli", "evaluate", str(RUN), "--json", capture=True))
+    report = json.loads(command("-m", "dlm_scale.cli", "evaluate", str(RUN), "--max_rows=512", "--json", capture=True))
     stage(4, "sample: infill functions of the validation files, then free text")
     infills = infill_functions()
     text = command("-m", "dlm_scale.cli", "sample", str(RUN), "--num_samples=1", "--max_new_tokens=120", "--seed=3",

@@ -176,8 +176,8 @@ def _decode_box(value: Any, view: tuple[int, ...], world_size: int, where: str) 
     done = 0
     for start, numel, rank in pieces:
         if start != done or numel < 1 or not 0 <= rank < world_size:
-            fault = "gap" if start > done else "overlap" if start < done or numel < 1 else f"rank {rank} of {world_size}"
-            raise UsageError(f"{MANIFEST_NAME}: {where}: {fault} at element {done} of box {box}")
+            fault = "gap" if start > done else "overlap" if start < done or numel < 1 else f"rank {rank}"
+            raise UsageError(f"{MANIFEST_NAME}: {where}: {fault} at element {done} of box {box}, world {world_size}")
         done += numel
     _require(done == layout.volume(box), f"{where}: {done} of {layout.volume(box)} elements of box {box}")
     return StoredBox(box, pieces)

@@ -23,8 +23,8 @@ from dlm_scale.errors import UsageError
 NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data"}
 MIN_STDLIB_FILES = 100
 
-GRAMMAR_SYMBOLS = "abcdefghijklmnop"
-GRAMMAR_STEPS = (1, 2, 5, 11)
+GRAMMAR_SYMBOLS = "abcdefghij"
+GRAMMAR_STEPS = (0, 1, 2, 3)
 GRAMMAR_STEP_PROBABILITY = (0.5, 0.25, 0.125, 0.125)
 GRAMMAR_SEED = 1
 GRAMMAR_LENGTH = {"train": 2_000_000, "val": 200_000}
@@ -78,10 +78,10 @@ def _parsable(files: list[Path], root: Path) -> Iterator[Document]:
 
 
 def grammar_source() -> Source:
-    """One stationary stream of 16 letters per split: a random walk on a ring with four unequal steps.
+    """One stationary stream of 10 letters per split: a random walk on a ring with four unequal steps.
 
-    Its transition matrix is doubly stochastic, so a letter alone has entropy ln 16 and each further one the entropy of
-    the step; a window of L letters has exactly H_L = ln 16 + (L - 1) h nats.
+    Its transition matrix is doubly stochastic, so a letter alone has entropy ln 10 and each further one the entropy h
+    of the step; a window of L letters has exactly H_L = ln 10 + (L - 1) h nats.
     """
     rate = -sum(p * math.log(p) for p in GRAMMAR_STEP_PROBABILITY)
     description = {"name": "grammar", "seed": GRAMMAR_SEED, "symbols": len(GRAMMAR_SYMBOLS)}
@@ -98,6 +98,6 @@ def grammar_text(length: int, seed: int, number: int) -> str:
     word = philox(seed, np.arange(length, dtype=np.int64), 0, number, int(Stream.SYNTHETIC))[0]
     limits = np.cumsum(GRAMMAR_STEP_PROBABILITY)[:-1] * 2.0**32
     steps = np.array(GRAMMAR_STEPS)[np.searchsorted(limits, word, side="right")]
-    steps[0] = word[0] >> np.uint32(28)  # the first letter is uniform: stationary from the start
+    steps[0] = int(word[0]) * len(GRAMMAR_SYMBOLS) >> 32  # the first letter is uniform: stationary from the start
     states = np.cumsum(steps) % len(GRAMMAR_SYMBOLS)
     return np.frombuffer(GRAMMAR_SYMBOLS.encode(), dtype=np.uint8)[states].tobytes().decode()

@@ -67,22 +67,23 @@ class IndexedWriter:
 class IndexedDataset:
     """A read-only view of one pair; opening it checks everything that the two files say of each other.
 
-    `tokens`: all ids, [T] of uint16 or int32, mapped not read. `lengths` [n], `document_indices` [m].
+    `tokens`: all ids, [T] of uint16 or int32, mapped not read. `lengths` [n], `document_indices` [m]; `index`: the whole
+    .idx as bytes.
     Raises UsageError naming the file and what is wrong in it.
     """
 
     def __init__(self, prefix: str | Path):
         self.prefix = str(prefix)
         self.bin_path, self.idx_path = self.prefix + ".bin", self.prefix + ".idx"
-        index = _map(self.idx_path)
-        self.dtype, num_sequences, num_entries = _read_header(index, self.idx_path)
-        body = index[HEADER.size :]
+        self.index = _map(self.idx_path)
+        self.dtype, num_sequences = _read_header(self.index, self.idx_path)
+        body = self.index[HEADER.size :]
         self.lengths = body[: 4 * num_sequences].view("<i4")
         pointers = body[4 * num_sequences : 12 * num_sequences].view("<i8")
         self.document_indices = body[12 * num_sequences :].view("<i8")
         self._check_index(pointers)
         data = _map(self.bin_path)
-        expected = (int(pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize) if num_sequences else 0
+        expected = int(pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize
         if data.size != expected:
             cause = "cut short or still being written" if data.size < expected else "longer than its index says"
             _refuse(self.bin_path, f"{data.size} bytes where its index says {expected}: {cause}")
@@ -98,8 +99,6 @@ class IndexedDataset:
         return self.tokens[start:stop]
 
     def _check_index(self, pointers: np.ndarray) -> None:
-        if not len(self.lengths):
-            _refuse(self.idx_path, "no sequences in it")
         if self.lengths.min() <= 0:
             _refuse(self.idx_path, f"sequence {int(self.lengths.argmin())} has length {self.lengths.min()}")
         steps = self.lengths[:-1].astype(np.int64) * self.dtype.itemsize
@@ -110,7 +109,7 @@ class IndexedDataset:
             _refuse(self.idx_path, f"document indices do not rise from 0 to {len(self.lengths)} sequences")
 
 
-def _read_header(index: np.ndarray, path: str) -> tuple[np.dtype, int, int]:
+def _read_header(index: np.ndarray, path: str) -> tuple[np.dtype, int]:
     if index.size < HEADER.size:
         _refuse(path, f"{index.size} bytes are less than a header")
     magic, version, code, num_sequences, num_entries = HEADER.unpack(index[: HEADER.size].tobytes())
@@ -120,14 +119,14 @@ def _read_header(index: np.ndarray, path: str) -> tuple[np.dtype, int, int]:
         _refuse(path, f"version {version} of the format; only 1 is known")
     if code not in DTYPES:
         _refuse(path, f"dtype code {code}; token files are 4 (int32) or 8 (uint16)")
-    if num_entries < 2:
+    if not num_sequences or num_entries < 2:
         _refuse(path, "no documents in it")
     expected = HEADER.size + 12 * num_sequences + 8 * num_entries
     if index.size == expected + num_sequences:
         _refuse(path, "it carries modes of a multimodal dataset, which are not text")
     if index.size != expected:
         _refuse(path, f"{index.size} bytes where its header says {expected}")
-    return DTYPES[code], num_sequences, num_entries
+    return DTYPES[code], num_sequences
 
 
 def _map(path: str) -> np.ndarray:

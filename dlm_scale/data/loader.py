@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from dlm_scale.data.indexed import IndexedDataset, token_dtype
+from dlm_scale.data.indexed import IndexedDataset
 from dlm_scale.data.meta import DatasetMeta, TokenizerFiles, TokenizerMeta, load_meta
 from dlm_scale.data.mixture import mix
 from dlm_scale.data.order import locate
@@ -83,7 +83,7 @@ def open_split(prefix: str | Path) -> tuple[DatasetMeta, str, IndexedDataset]:
         "tokens": len(data.tokens),
         "documents": data.num_documents,
         "bin_bytes": data.tokens.nbytes,
-        "idx_xxh3": xxhash.xxh3_64_hexdigest(Path(data.idx_path).read_bytes()),
+        "idx_xxh3": xxhash.xxh3_64_hexdigest(data.index),
     }
     for key, value in found.items():
         if value != getattr(split, key):
@@ -91,8 +91,6 @@ def open_split(prefix: str | Path) -> tuple[DatasetMeta, str, IndexedDataset]:
                 f"{data.prefix}: {key} is {value} in the files and {getattr(split, key)} in meta.json: they are not of"
                 " one dataset. Copy it again, or prepare it again"
             )
-    if data.dtype != token_dtype(meta.vocab_size):
-        raise UsageError(f"{data.idx_path}: its token type {data.dtype} does not fit vocab_size {meta.vocab_size}")
     return meta, name, data
 
 

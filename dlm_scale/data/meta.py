@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from dlm_scale.data.indexed import token_dtype
 from dlm_scale.data.vocabulary import Vocabulary
 from dlm_scale.errors import UsageError
 
@@ -170,7 +171,7 @@ def _check_split(split: SplitMeta, vocabulary: Vocabulary, where: str) -> None:
         "documents": not 1 <= split.documents <= split.tokens,
         "bytes": split.bytes < 0,
         "max_id": not 0 <= split.max_id < vocabulary.size or split.max_id == vocabulary.mask_id,
-        "bin_bytes": split.bin_bytes not in (2 * split.tokens, 4 * split.tokens),
+        "bin_bytes": split.bin_bytes != split.tokens * token_dtype(vocabulary.size).itemsize,
         "bin_xxh3": len(split.bin_xxh3) != -(-split.bin_bytes // BLOCK_BYTES),
     }
     for key, is_wrong in faults.items():

@@ -1,18 +1,22 @@
 """The order of the data: a keyed permutation of the windows for each epoch, with no state but (seed, sample index).
 
-A Feistel network over the smallest even number of bits that covers n, with cycle walking: any position of any epoch is
-found in O(1) time and memory. B samples of a batch.
+A Feistel network over the smallest number of bits that covers n, with cycle walking: any position of any epoch is found
+in O(1) time and memory. B samples of a batch.
 """
 
 from __future__ import annotations
+
+import functools
 
 import numpy as np
 
 from dlm_scale.diffusion.rng import Stream, philox
 
 ROUNDS = 8
+MIN_BITS = 6  # on fewer, eight rounds do not reach all permutations evenly
 
 
+@functools.lru_cache(maxsize=256)  # every batch of an epoch asks for the same key
 def order_key(seed: int, epoch: int, member: int = 0) -> np.ndarray:
     """Round keys, uint64 [ROUNDS], of one epoch of one member of a mixture; stream ORDER of the counter table."""
     column = member * (ROUNDS // 2) + np.arange(ROUNDS // 2)
@@ -22,11 +26,11 @@ def order_key(seed: int, epoch: int, member: int = 0) -> np.ndarray:
 
 def permute(index_B: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
     """The keyed bijection of [0, n), 1 <= n <= 2^40, at `index_B` (each in [0, n)); int64 [B]."""
-    half = max(1, ((n - 1).bit_length() + 1) // 2)
-    value_B = _feistel(np.asarray(index_B, dtype=np.int64).astype(np.uint64), half, key)
+    bits = max(MIN_BITS, (n - 1).bit_length())
+    value_B = _feistel(np.asarray(index_B, dtype=np.int64).astype(np.uint64), bits, key)
     outside = np.flatnonzero(value_B >= n)
     while outside.size:
-        value_B[outside] = _feistel(value_B[outside], half, key)
+        value_B[outside] = _feistel(value_B[outside], bits, key)
         outside = outside[value_B[outside] >= n]
     return value_B.astype(np.int64)
 
@@ -41,16 +45,20 @@ def locate(sample_B: np.ndarray, n: int, seed: int, member: int = 0) -> tuple[np
     return epoch_B, window_B
 
 
-def _feistel(value: np.ndarray, half: int, key: np.ndarray) -> np.ndarray:
-    low = np.uint64((1 << half) - 1)
-    left, right = value >> np.uint64(half), value & low
-    for round_key in key:
-        left, right = right, left ^ (_mix(right ^ round_key) & low)
-    return left << np.uint64(half) | right
+def _feistel(value: np.ndarray, bits: int, key: np.ndarray) -> np.ndarray:
+    """A keyed bijection of [0, 2^bits): each half in turn is changed by a hash of the other."""
+    width = np.uint64(bits // 2)
+    low_mask, high_mask = np.uint64((1 << bits // 2) - 1), np.uint64((1 << bits - bits // 2) - 1)
+    high, low = value >> width, value & low_mask
+    for i in range(0, ROUNDS, 2):
+        high = high ^ (_hash(low ^ key[i]) & high_mask)
+        low = low | (_hash(high ^ key[i + 1]) & low_mask)
+    return high << width | low
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
-    """The 64-bit finaliser of SplitMix64 (Steele, Lea, Flood 2014)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+def _hash(x: np.ndarray) -> np.ndarray:
+    """32 mixed bits of each word: two multiplications by the constants of SplitMix64 (Steele, Lea, Flood 2014)."""
+    x = x * np.uint64(0xBF58476D1CE4E5B9)
+    x ^= x >> np.uint64(32)
+    x *= np.uint64(0x94D049BB133111EB)
+    return x >> np.uint64(32)

@@ -45,8 +45,8 @@ def prepare(
     those of the lowest hash of their text are validation, and a separator follows each where the tokenizer has one.
     `max_documents` 0 means all. The same input gives the same bytes. Raises UsageError; `out` then is as it was.
     """
-    if not 0 < val_fraction < 1:
-        raise UsageError(f"--val_fraction {val_fraction} must lie between 0 and 1")
+    if not 0 < val_fraction < 1 or max_documents < 0:
+        raise UsageError(f"--val_fraction {val_fraction} must lie in (0, 1), --max_documents {max_documents} be 0 or more")
     stream = open_source(source, text_key)
 
     def documents() -> Iterator[Document]:
@@ -172,8 +172,9 @@ def _progress() -> Callable[[int], None]:
 @contextmanager
 def _staging(out: Path, overwrite: bool) -> Iterator[Path]:
     """A folder inside `out` whose files move into `out` at the end, meta.json last; nothing changes on failure."""
-    if (out / META_NAME).exists() and not overwrite:
-        raise UsageError(f"{out} already holds a dataset. Give another --out, or --overwrite to replace it")
+    taken = [n for n in (META_NAME, *(f"{s}.{e}" for s in SPLITS for e in ("bin", "idx"))) if (out / n).exists()]
+    if taken and not overwrite:
+        raise UsageError(f"{out} already holds a dataset ({taken[0]}). Give another --out, or --overwrite to replace it")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -77,8 +77,10 @@ def make_tokenizer(spec: str, texts: Iterable[str] = ()) -> Tokenizer:
     if spec == "byte":
         return _byte({})
     if spec == "char":
-        characters = "".join(sorted(set().union(*texts)))
-        return _char({CHAR_FILE: json.dumps(characters).encode()})
+        characters: set[str] = set()
+        for text in texts:
+            characters.update(text)
+        return _char({CHAR_FILE: json.dumps("".join(sorted(characters))).encode()})
     if spec == "gpt2":
         return _gpt2({GPT2_FILE: _gpt2_ranks()})
     if path.suffix == ".tiktoken":

@@ -15,6 +15,8 @@ from dlm_scale.engine.runtime import Runtime, import_deepspeed
 from dlm_scale.engine.state_access import StateAccess
 from dlm_scale.model.parameters import ParameterSpec, parameter_table
 from dlm_scale.model.transformer import Transformer
+from dlm_scale.parallel.layers import layers_of
+from dlm_scale.parallel.mpu import unit_of
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,14 @@ def build_trainer(config: Any, runtime: Runtime, vocabulary: Any) -> Trainer:
     deepspeed = import_deepspeed()
     table = parameter_table(config.model, vocabulary)
     with _zero_init(deepspeed, stage, ds_config, runtime):
-        model = Transformer(config.model, vocabulary, checkpoint_every=config.train.activation_checkpoint_every)
+        layers = layers_of(runtime.mesh, config.parallel.sequence_parallel)
+        model = Transformer(config.model, vocabulary, layers, config.train.activation_checkpoint_every)
     check_against_table(model, table)
     if stage < 3:
         model = model.to(runtime.device)
     optimizer = _optimizer(config, model, table)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    unit = unit_of(runtime.mesh)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, mpu=unit)
     access = StateAccess(engine, stage, table, runtime.mesh)
     return Trainer(config, runtime, vocabulary, engine, table, access, stage, accumulation)
 

@@ -12,13 +12,13 @@ def zero_stage(config: Any) -> int:
 
 
 def deepspeed_dict(config: Any, accumulation: int) -> dict[str, Any]:
-    """The dict given to DeepSpeed. Clipping and the norm are DeepSpeed's at ZeRO 1-3 and in bf16; at ZeRO 0 in fp32,
-    where it reports no norm, they are ours (engine/step.py) and DeepSpeed is told not to clip."""
+    """The dict given to DeepSpeed. Norm and clipping are ours (engine/gradients.py): DeepSpeed is told not to clip,
+    since it clips at 1.0 when nothing is said."""
     stage, bf16 = zero_stage(config), config.train.precision == "bf16"
     generated: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": config.optimizer.gradient_clip if stage or bf16 else 0.0,
+        "gradient_clipping": 0.0,
         "steps_per_print": 2**31,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

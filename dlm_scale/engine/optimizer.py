@@ -14,12 +14,14 @@ import torch
 class AdamW(torch.optim.AdamW):
     """torch's fused AdamW whose states exist from the start, plus state `ema` when `ema_decay` > 0.
 
+    `gradient_scale`, when set, multiplies the gradients of the next update (clipping by the global norm).
     The average warms up as min(decay, (1 + n) / (10 + n)) over the updates n.
     """
 
     def __init__(self, params: Iterable, *, betas, eps: float, ema_decay: float = 0.0):
         super().__init__(params, lr=0.0, betas=betas, eps=eps, weight_decay=0.0, fused=True)
         self.ema_decay = ema_decay
+        self.gradient_scale: torch.Tensor | None = None
 
     def prepare(self, masters: Iterable[torch.Tensor], step: int) -> None:
         """(Re)create the state of the tensors to be updated: zero in every slot, `step` updates done."""
@@ -36,6 +38,10 @@ class AdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
+        if self.gradient_scale is not None:
+            for parameter in self._parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(self.gradient_scale.to(parameter.grad))
         result = super().step(closure)
         if self.ema_decay:
             for parameter in self._parameters():

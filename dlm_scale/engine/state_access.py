@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from dlm_scale.checkpoint.layout import Piece
-from dlm_scale.model.initialise import Box, box_numel, full_box
 from dlm_scale.model.parameters import ParameterSpec
+from dlm_scale.model.sharding import Box, LocalBox, local_boxes, split_range
 
 
 @dataclass(frozen=True)
@@ -98,17 +99,6 @@ def _sharded(engine: Any) -> Iterator[Fragment]:
 FRAGMENTS = {0: _replicated, 1: _partitioned, 2: _partitioned, 3: _sharded}
 
 
-def local_box(spec: ParameterSpec, local_shape: tuple[int, ...], tensor_rank: int, tensor_size: int) -> Box:
-    """The rectangle of the logical tensor (in its view) that a tensor-parallel rank holds, padding left out."""
-    if spec.shard_dim is None or tensor_size == 1:
-        return full_box(spec.view)
-    size = spec.view[spec.shard_dim]
-    is_table = spec.shard_dim == 0 and len(spec.view) == 2
-    part = local_shape[0] if is_table else size // tensor_size
-    bounds = (min(size, tensor_rank * part), min(size, (tensor_rank + 1) * part))
-    return tuple(bounds if d == spec.shard_dim else (0, n) for d, n in enumerate(spec.view))
-
-
 @dataclass(frozen=True)
 class StateAccess:
     """Reads and writes the whole training state of an engine as logical tensors."""
@@ -118,67 +108,73 @@ class StateAccess:
     table: dict[str, ParameterSpec]
     mesh: Any
 
-    def boxes(self) -> dict[str, Box]:
-        """The box of every parameter that this rank's tensor-parallel shard covers."""
-        return {
-            name: local_box(self.table[name], _local_shape(p), self.mesh.tensor_rank, self.mesh.tensor_size)
-            for name, p in self.engine.module.named_parameters()
-        }
+    def boxes(self, name: str) -> list[LocalBox]:
+        """What this rank's tensor-parallel shard of a parameter is made of."""
+        rows = _local_shape(self._parameters[name])[0]
+        return local_boxes(self.table[name], self.mesh.tensor_rank, self.mesh.tensor_size, rows)
+
+    @cached_property
+    def _parameters(self) -> dict[str, torch.Tensor]:
+        return dict(self.engine.module.named_parameters())
 
     def fill(self, source: Source, step: int) -> None:
         """Write every slot of every parameter from `source`, `step` updates done; padding becomes zero."""
         inner_optimizer(self.engine).prepare(masters(self.engine, self.stage), step)
-        boxes = self.boxes()
         for fragment in fragments(self.engine, self.stage):
-            spec, box = self.table[fragment.name], boxes[fragment.name]
             for slot, tensor in fragment.slots.items():
-                _fill_range(tensor, source, spec, slot, box, fragment.start)
-        for name, parameter in self.engine.module.named_parameters():
-            self._fill_module(parameter, source, self.table[name], boxes[name])
+                self._fill(tensor, source, fragment.name, slot, fragment.start)
+        for name, parameter in self._parameters.items():
+            self._fill_module(name, parameter, source)
 
-    def _fill_module(self, parameter, source: Source, spec: ParameterSpec, box: Box) -> None:
+    def _fill_module(self, name: str, parameter: torch.Tensor, source: Source) -> None:
         """The weights that the forward pass reads: whole ones, or ZeRO-3's part and its resident copy."""
         if not hasattr(parameter, "ds_id"):
-            _fill_range(parameter.data.view(-1), source, spec, "param", box, 0)
+            self._fill(parameter.data.view(-1), source, name, "param", 0)
             return
         part = parameter.ds_tensor
         start = self.engine.optimizer._get_param_partition_rank(parameter) * part.numel()
-        _fill_range(part.data.view(-1), source, spec, "param", box, start)
+        self._fill(part.data.view(-1), source, name, "param", start)
         if parameter.data.numel() == parameter.ds_numel:
-            _fill_range(parameter.data.view(-1), source, spec, "param", box, 0)
+            self._fill(parameter.data.view(-1), source, name, "param", 0)
+
+    def _fill(self, target: torch.Tensor, source: Source, name: str, slot: str, start: int) -> None:
+        """target = elements [start, start + len) of the local tensor."""
+        done = 0
+        for item, low, high in split_range(self.boxes(name), start, start + target.numel()):
+            target[done : done + high - low].copy_(source(self.table[name], slot, item.box, low, high - low))
+            done += high - low
+        target[done:].zero_()
 
     def pieces(self) -> Iterator[Piece]:
         """What this rank writes of a checkpoint: each element of each logical tensor once over all ranks."""
-        boxes = self.boxes()
         for fragment in fragments(self.engine, self.stage):
-            spec, box = self.table[fragment.name], boxes[fragment.name]
-            start, stop = self._owned_range(fragment, spec, box)
-            if start < stop:
+            spec, size = self.table[fragment.name], fragment.slots["param"].numel()
+            for item, low, high, offset in self._counted(fragment.name, fragment.start, size):
                 for slot, tensor in fragment.slots.items():
-                    values = tensor[start - fragment.start : stop - fragment.start]
-                    yield Piece(spec.name, slot, spec.shape, spec.view, box, start, values)
+                    values = tensor[offset : offset + high - low]
+                    yield Piece(spec.name, slot, spec.shape, spec.view, item.box, low, values)
 
-    def _owned_range(self, fragment: Fragment, spec: ParameterSpec, box: Box) -> tuple[int, int]:
-        """Cut padding off; where ranks hold the same values (ZeRO 0, replicated under TP) share the writing out."""
-        stop = min(fragment.start + fragment.slots["param"].numel(), box_numel(box))
-        if spec.shard_dim is None and self.mesh.tensor_rank:
-            return 0, 0
-        if self.stage:
-            return fragment.start, stop
-        share = -(-stop // self.mesh.data_size)
-        return min(stop, share * self.mesh.data_rank), min(stop, share * (self.mesh.data_rank + 1))
+    def counted_ranges(self, name: str, start: int, size: int) -> Iterator[tuple[int, int]]:
+        """Parts [low, high) of the local elements [start, start + size) that no other rank counts."""
+        for _, low, high, offset in self._counted(name, start, size):
+            yield start + offset, start + offset + high - low
+
+    def _counted(self, name: str, start: int, size: int) -> Iterator[tuple[LocalBox, int, int, int]]:
+        """(box, low, high, offset in the fragment). At ZeRO 0 all data-parallel ranks hold the same values: they
+        share the elements out."""
+        own_start, stop = start, start + size
+        if self.stage == 0:
+            share = -(-size // self.mesh.data_size)
+            own_start, stop = share * self.mesh.data_rank, min(stop, share * (self.mesh.data_rank + 1))
+        offset = own_start - start
+        for item, low, high in split_range(self.boxes(name), own_start, stop):
+            if item.is_counted:
+                yield item, low, high, offset
+            offset += high - low
 
 
 def _local_shape(parameter: torch.Tensor) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def _fill_range(target: torch.Tensor, source: Source, spec, slot: str, box: Box, start: int) -> None:
-    """target = elements [start, start + len) of the local tensor; what lies beyond the logical box is zero."""
-    real = max(0, min(target.numel(), box_numel(box) - start))
-    if real:
-        target[:real].copy_(source(spec, slot, box, start, real))
-    target[real:].zero_()
 
 
 def zero_slot_source(initial: Callable[[ParameterSpec, Box, int, int], torch.Tensor]) -> Source:

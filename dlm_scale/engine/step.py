@@ -14,6 +14,7 @@ from dlm_scale.diffusion.schedule import SCHEDULES
 from dlm_scale.diffusion.timestep import stratified_times
 from dlm_scale.diffusion.weighting import WEIGHTINGS
 from dlm_scale.engine.build import Trainer
+from dlm_scale.engine.gradients import clip_by_global_norm
 from dlm_scale.engine.optimizer import learning_rate
 from dlm_scale.engine.state import TrainState
 
@@ -65,9 +66,10 @@ def train_step(trainer: Trainer, batch: Sequence[Corrupted], state: TrainState) 
         # DeepSpeed averages gradients over the data-parallel ranks: undo that, and its division by the accumulation.
         engine.backward(loss_sum * (mesh.data_size / corrupted.denominator), scale_wrt_gas=False)
         sums += torch.stack([loss_sum.detach().double(), *(stats[name] for name in STATS)])
-        norm = _clip_replicated(trainer)
+        if engine.is_gradient_accumulation_boundary():
+            norm = clip_by_global_norm(trainer, trainer.config.optimizer.gradient_clip)
         engine.step()
-    return {"sums": sums, "grad_norm": _engine_norm(engine) if norm is None else norm}
+    return {"sums": sums, "grad_norm": norm}
 
 
 def set_learning_rate(trainer: Trainer, step: int) -> float:
@@ -75,26 +77,6 @@ def set_learning_rate(trainer: Trainer, step: int) -> float:
     for group in trainer.engine.optimizer.param_groups:
         group["lr"] = rate
     return rate
-
-
-def _engine_norm(engine) -> torch.Tensor:
-    return torch.as_tensor(engine.get_global_grad_norm(), dtype=torch.float64)
-
-
-def _clip_replicated(trainer: Trainer) -> torch.Tensor | None:
-    """ZeRO 0 in fp32: DeepSpeed computes no norm there, so the norm and the clipping are ours."""
-    if trainer.stage or trainer.config.train.precision != "fp32":
-        return None
-    if not trainer.engine.is_gradient_accumulation_boundary():
-        return None
-    gradients = [p.grad for p in trainer.engine.module.parameters() if p.grad is not None]
-    norm = torch.stack([g.double().square().sum() for g in gradients]).sum().sqrt()
-    limit = trainer.config.optimizer.gradient_clip
-    if limit:
-        scale = (limit / (norm + 1e-6)).clamp(max=1.0).float()
-        for gradient in gradients:
-            gradient.mul_(scale)
-    return norm
 
 
 def reduce_sums(trainer: Trainer, sums: torch.Tensor) -> dict[str, float]:

@@ -5,41 +5,15 @@ A rank makes exactly the slice that it holds, so a seed alone gives the same mod
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Iterator
 
 import numpy as np
 
 from dlm_scale.diffusion.rng import Stream, standard_normal, tensor_key
 from dlm_scale.model.parameters import ParameterSpec
+from dlm_scale.model.sharding import Box, contiguous_runs
 
-Box = tuple[tuple[int, int], ...]
 CHUNK_ELEMENTS = 1 << 22
-
-
-def full_box(view: tuple[int, ...]) -> Box:
-    """The whole of a tensor as a box."""
-    return tuple((0, size) for size in view)
-
-
-def box_numel(box: Box) -> int:
-    return math.prod(stop - start for start, stop in box)
-
-
-def contiguous_runs(view: tuple[int, ...], box: Box) -> Iterator[tuple[int, int]]:
-    """(logical flat start, length) of the contiguous pieces of a box, in the order of the flattened box."""
-    inner = len(view)
-    while inner > 1 and box[inner - 1] == (0, view[inner - 1]):
-        inner -= 1
-    stride = math.prod(view[inner:])
-    start, stop = box[inner - 1]
-    row = view[inner - 1] * stride
-    for outer in itertools.product(*(range(*bounds) for bounds in box[: inner - 1])):
-        index = 0
-        for position, size in zip(outer, view[: inner - 1]):
-            index = index * size + position
-        yield index * row + start * stride, (stop - start) * stride
 
 
 def initial_values(spec: ParameterSpec, seed: int, box: Box, flat_start: int, numel: int) -> np.ndarray:

@@ -54,6 +54,16 @@ class ParameterSpec:
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def is_table(self) -> bool:
+        """A vocabulary table: its rows are padded, and it is not a matrix that transforms hidden states."""
+        return self.shard_dim == 0 and not self.decays
+
+    @property
+    def is_grouped(self) -> bool:
+        """A fused QKV projection: view (key/value heads, queries + 2, head width, width)."""
+        return len(self.view) == 4
+
 
 def parameter_table(config: ModelShape, vocabulary: Any) -> dict[str, ParameterSpec]:
     """All parameters in the order of the modules. `vocabulary` offers `size` and `num_outputs`."""

@@ -20,19 +20,22 @@ from torch.utils.checkpoint import checkpoint
 
 from dlm_scale import ops
 from dlm_scale.model.parameters import TIME_FEATURES, TIME_WIDTH, ModelShape
-from dlm_scale.parallel.layers import Linear, LocalLayers
+from dlm_scale.parallel.layers import Linear, LocalLayers, identity
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * gain (Zhang and Sennrich, 2019)."""
+    """x / rms(x) * gain (Zhang and Sennrich, 2019).
 
-    def __init__(self, width: int, eps: float):
+    `whole_gradient` wraps the gain where this rank sees only a part of what it is applied to.
+    """
+
+    def __init__(self, width: int, eps: float, whole_gradient: Callable = identity):
         super().__init__()
         self.gain = nn.Parameter(torch.empty(width))
-        self.eps = eps
+        self.eps, self.whole_gradient = eps, whole_gradient
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self.gain.shape, self.gain, self.eps)
+        return F.rms_norm(x, (x.shape[-1],), self.whole_gradient(self.gain), self.eps)
 
 
 def rotary_tables(position_BL: torch.Tensor, head_dim: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,15 +60,13 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelShape, layers: Any):
         super().__init__()
-        self.head_dim = config.head_dim
-        self.queries_per_group = config.num_heads // config.num_kv_heads
-        qkv_rows = config.num_kv_heads * (self.queries_per_group + 2) * config.head_dim
-        self.qkv = layers.column(config.hidden_size, qkv_rows)
+        self.head_dim, self.has_qk_norm = config.head_dim, config.qk_norm
+        queries = config.num_heads // config.num_kv_heads
+        self.qkv, self.queries_per_group = layers.qkv(config.hidden_size, config.num_kv_heads, queries, config.head_dim)
         if config.qk_norm:
-            self.query_norm = RMSNorm(config.head_dim, config.norm_eps)
-            self.key_norm = RMSNorm(config.head_dim, config.norm_eps)
+            self.query_norm = RMSNorm(config.head_dim, config.norm_eps, layers.over_heads)
+            self.key_norm = RMSNorm(config.head_dim, config.norm_eps, layers.over_heads)
         self.out = layers.row(config.num_heads * config.head_dim, config.hidden_size)
-        self.has_qk_norm = config.qk_norm
 
     def forward(self, x_BLD: torch.Tensor, rotary: tuple, mask: ops.AttentionMask) -> torch.Tensor:
         fused = self.qkv(x_BLD)
@@ -132,17 +133,18 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelShape, layers: Any):
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, layers.over_sequence)
         self.attention = Attention(config, layers)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, layers.over_sequence)
         self.mlp = MLPS[config.mlp](config, layers)
         self.modulation = Linear(TIME_WIDTH, 6 * config.hidden_size) if config.time_conditioning == "adaln" else None
+        self.over_sequence = layers.over_sequence
 
     def forward(self, x_BLD, rotary, mask, condition_BC=None) -> torch.Tensor:
         if self.modulation is None:
             x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), rotary, mask)
             return x_BLD + self.mlp(self.mlp_norm(x_BLD))
-        parts = self.modulation(F.silu(condition_BC))[:, None, :].chunk(6, dim=-1)
+        parts = self.over_sequence(self.modulation(F.silu(condition_BC)))[:, None, :].chunk(6, dim=-1)
         scale1, shift1, gate1, scale2, shift2, gate2 = parts
         attended = self.attention(self.attention_norm(x_BLD) * (1 + scale1) + shift1, rotary, mask)
         x_BLD = x_BLD + (1 + gate1) * attended
@@ -217,6 +219,7 @@ class Transformer(nn.Module):
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
         table = self.embedding if config.tied else layers.embedding(vocabulary.num_outputs, config.hidden_size)
         self.head = Head(table, vocabulary, layers)
+        self.select_rows = layers.select_rows
 
     def forward(
         self,
@@ -235,7 +238,7 @@ class Transformer(nn.Module):
         hidden_BLD = self.embedding(xt_BL)
         for number, block in enumerate(self.blocks):
             hidden_BLD = self._run(block, number, hidden_BLD, rotary, mask, condition_BC)
-        selected_ND = hidden_BLD.flatten(0, 1).index_select(0, rows_N)
+        selected_ND = self.select_rows(hidden_BLD, rows_N)
         return self.head(self.final_norm(selected_ND), readout)
 
     def _run(self, block, number, hidden_BLD, rotary, mask, condition_BC) -> torch.Tensor:

@@ -6,6 +6,8 @@ ones; the tensor-parallel twin has the same four methods.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -41,14 +43,33 @@ class Embedding(nn.Module):
         return F.embedding(ids, self.weight)
 
 
+def identity(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def select_rows(hidden_BLD: torch.Tensor, rows_N: torch.Tensor) -> torch.Tensor:
+    """[N, D]: the rows of the flattened batch at flat indices `rows_N`."""
+    return hidden_BLD.flatten(0, 1).index_select(0, rows_N)
+
+
 class LocalLayers:
-    """Whole layers on one rank: tensor-parallel size 1."""
+    """Whole layers on one rank: tensor-parallel size 1.
+
+    `over_heads` and `over_sequence` wrap replicated parameters of which a rank sees only its heads, or only its
+    positions, so that their gradients become whole: nothing to do here.
+    """
 
     size, rank, group = 1, 0, None
+    over_heads = over_sequence = staticmethod(identity)
+    select_rows = staticmethod(select_rows)
 
     def column(self, num_in: int, num_out: int) -> nn.Module:
         """A linear layer whose outputs are split over the tensor-parallel ranks."""
         return Linear(num_in, num_out)
+
+    def qkv(self, width: int, kv_heads: int, queries: int, head_dim: int) -> tuple[nn.Module, int]:
+        """The fused projection, grouped by key/value head; and the queries a key/value head has on this rank."""
+        return Linear(width, kv_heads * (queries + 2) * head_dim), queries
 
     def row(self, num_in: int, num_out: int) -> nn.Module:
         """A linear layer whose inputs are split; outputs are summed over the ranks."""
@@ -57,3 +78,12 @@ class LocalLayers:
     def embedding(self, num_rows: int, width: int) -> nn.Module:
         """A table of `num_rows` logical rows, split by rows."""
         return Embedding(padded_rows(num_rows, self.size), width)
+
+
+def layers_of(mesh: Any, sequence_parallel: bool) -> Any:
+    """The layers of a rank of this mesh. At tensor-parallel size 1 nothing of megatron is imported."""
+    if mesh.tensor_size == 1:
+        return LocalLayers()
+    from dlm_scale.parallel.tensor_parallel import TensorLayers
+
+    return TensorLayers(mesh, sequence_parallel)

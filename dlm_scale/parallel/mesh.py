@@ -23,6 +23,11 @@ class Mesh:
     data_group: Any = None
     tensor_group: Any = None
 
+    def subgroup(self, size: int) -> Any:
+        """The group of `size` neighbours within this rank's tensor-parallel group. Collective over the world."""
+        groups = [list(range(start, start + size)) for start in range(0, self.world_size, size)]
+        return _own_group(groups, self.rank)
+
     @property
     def rank(self) -> int:
         return self.data_rank * self.tensor_size + self.tensor_rank

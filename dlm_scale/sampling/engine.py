@@ -273,8 +273,7 @@ def _mask_again(run: _Run, state: State, batch_row_B: Tensor, undone_BL: Tensor)
 
 def _finish(run: _Run, state: State) -> State:
     """Mark the rows that are done: nothing masked or to be undone, or a stop id after an unbroken text."""
-    is_due_back_BL = (state.undo_BL > state.step_B[:, None]) & (state.undo_BL <= run.table.num_steps)
-    is_idle_B = ~(state.is_masked_BL | is_due_back_BL).any(1)
+    is_idle_B = ~(state.is_masked_BL | (state.undo_BL <= run.table.num_steps)).any(1)
     if len(run.stop_ids) == 0:
         return replace(state, is_done_B=is_idle_B)
     is_before_mask_BL = state.is_masked_BL.cumsum(1) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,11 +20,12 @@ from dlm_scale.diffusion.corruption import corrupt
 from dlm_scale.engine.batch_hash import batch_hash
 from dlm_scale.engine.build import build_trainer
 from dlm_scale.engine.optimizer import learning_rate
-from dlm_scale.engine.saving import start_fresh
 from dlm_scale.engine.state import TrainState
+from dlm_scale.engine.state_access import zero_slot_source
 from dlm_scale.engine.step import make_batch, reduce_sums, train_step
-from dlm_scale.model.initialise import full_box, initial_values
+from dlm_scale.model.initialise import initial_values
 from dlm_scale.model.parameters import parameter_table
+from dlm_scale.model.sharding import full_box
 from dlm_scale.model.transformer import Transformer
 
 VOCAB, BATCH = 37, 8
@@ -36,7 +38,7 @@ def case_config(**overrides: Any):
         "data": {"train": "synthetic", "synthetic_vocab_size": VOCAB},
         "train": {"global_batch_size": BATCH, "micro_batch_size": BATCH, "num_steps": 100, "precision": "fp32",
                   "out": "unused", "seed": 5},
-        "optimizer": {"learning_rate": 1e-2, "gradient_clip": 0.5, "weight_decay": 0.1, "warmup_steps": 3},
+        "optimizer": {"learning_rate": 1e-3, "gradient_clip": 0.5, "weight_decay": 0.1, "warmup_steps": 3},
         "deepspeed": {"zero_optimization": {"stage": 0}},
     }
     for key, value in overrides.items():
@@ -44,7 +46,7 @@ def case_config(**overrides: Any):
         if section == "zero":
             raw["deepspeed"]["zero_optimization"][name] = value
         else:
-            raw[section][name] = value
+            raw.setdefault(section, {})[name] = value
     return config_from_dict(raw)
 
 
@@ -67,11 +69,24 @@ def logical_weights(trainer, slot: str = "param") -> dict[str, np.ndarray]:
     return {name: whole.numpy() for name, (whole, _) in flat.items()}
 
 
+def noisy_values(spec, seed: int, box, start: int, numel: int) -> torch.Tensor:
+    """Weights as after some training: nothing is zero, so that no class of gradient is too small to be wrong."""
+    noise = dataclasses.replace(spec, name="noise." + spec.name, init_std=0.1)
+    return torch.from_numpy(initial_values(spec, seed, box, start, numel) + initial_values(noise, seed, box, start, numel))
+
+
+def start_noisy(trainer) -> TrainState:
+    seed = trainer.config.train.seed
+    source = zero_slot_source(lambda spec, box, start, numel: noisy_values(spec, seed, box, start, numel))
+    trainer.state_access.fill(source, step=0)
+    return TrainState()
+
+
 def run_engine(runtime, config, steps: int) -> dict[str, Any]:
-    """Train `steps` steps from the seed; losses, norms, hashes of each step and the final weights."""
+    """Train `steps` steps from the seed (noisy weights); losses, norms, hashes of each step and the final weights."""
     data = data_of(config)
     trainer = build_trainer(config, runtime, data.vocabulary)
-    state = start_fresh(trainer)
+    state = start_noisy(trainer)
     lines = []
     for _ in range(steps):
         batch = make_batch(trainer, data, state)
@@ -89,9 +104,9 @@ def run_twin(config, steps: int) -> dict[str, Any]:
     model = Transformer(config.model, data.vocabulary)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            values = initial_values(table[name], config.train.seed, full_box(table[name].view), 0, table[name].numel)
+            values = noisy_values(table[name], config.train.seed, full_box(table[name].view), 0, table[name].numel)
             parameter.zero_()
-            parameter[: table[name].shape[0]] = torch.from_numpy(values).view(table[name].shape)
+            parameter[: table[name].shape[0]] = values.view(table[name].shape)
     options, named = config.optimizer, dict(model.named_parameters())
     groups = [{"params": [named[n] for n in table if table[n].decays], "weight_decay": options.weight_decay},
               {"params": [named[n] for n in table if not table[n].decays], "weight_decay": 0.0}]
