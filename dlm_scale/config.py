@@ -143,8 +143,10 @@ class TrainConfig(Section):
 class OptimizerConfig(Section):
     """The optimizer, its learning-rate schedule and the clipping of the global gradient norm (0 = off)."""
 
-    name: Literal["adamw"] = "adamw"
-    learning_rate: PositiveFloat
+    name: Literal["adamw", "muon"] = "adamw"  # muon: hidden matrices; AdamW for the rest
+    learning_rate: PositiveFloat  # of AdamW
+    muon_learning_rate: PositiveFloat = 0.01
+    muon_momentum: BelowOne = 0.95
     min_learning_rate_ratio: Ratio = 0.1
     warmup_steps: NonNegative = 0
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
@@ -187,11 +189,12 @@ class Config(Section):
 def _cross_problems(config: Config) -> Iterator[Problem]:
     """What no single key shows."""
     yield from _model_problems(config)
-    if config.diffusion.weighting == "count" and config.diffusion.schedule != "linear":
+    weighting, schedule = config.diffusion.weighting, config.diffusion.schedule
+    if weighting in ("count", "exact") and schedule != "linear":
         yield (
             "diffusion.weighting",
-            f"= count needs diffusion.schedule = linear, not {config.diffusion.schedule} (its counts are uniform only "
-            "there): set diffusion.weighting=elbo or diffusion.schedule=linear",
+            f"= {weighting} needs diffusion.schedule = linear, not {schedule} (its counts are uniform only there): set "
+            "diffusion.weighting=elbo or diffusion.schedule=linear",
         )
     if config.data.is_synthetic and (len(config.data.train) > 1 or not config.data.synthetic_vocab_size):
         yield "data.train", "= synthetic stands alone and needs data.synthetic_vocab_size"

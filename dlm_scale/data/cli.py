@@ -37,7 +37,7 @@ def run_prepare(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
     )
     for name, split in meta.splits.items():
-        print(f"{args.out}/{name}: {split.tokens:,} tokens, {split.documents:,} documents, {split.bytes:,} bytes of text")
+        print(f"{args.out}/{name}: {split.tokens:,} tokens, {split.documents:,} documents, {split.bytes:,} text bytes")
     print(f"tokenizer {meta.tokenizer.kind}: {meta.vocab_size} ids, the mask is {meta.mask_id}")
     print(f"train on it with data.train={args.out}/train data.validation={args.out}/val")
     return 0

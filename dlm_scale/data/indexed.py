@@ -67,8 +67,8 @@ class IndexedWriter:
 class IndexedDataset:
     """A read-only view of one pair; opening it checks everything that the two files say of each other.
 
-    `tokens`: all ids, [T] of uint16 or int32, mapped not read. `lengths` [n], `document_indices` [m]; `index`: the whole
-    .idx as bytes.
+    `tokens`: all ids, [T] of uint16 or int32, mapped not read. `lengths` [n], `document_indices` [m]; `index` is the
+    whole .idx as bytes.
     Raises UsageError naming the file and what is wrong in it.
     """
 

@@ -105,7 +105,7 @@ def read_meta(path: Path) -> DatasetMeta:
     try:
         raw = json.loads(path.read_bytes())
     except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}. A dataset is what `dlm prepare SOURCE --out DIR` writes") from error
+        raise UsageError(f"{path}: {error.strerror}. A dataset is what `dlm prepare ... --out DIR` writes") from error
     except ValueError as error:
         raise UsageError(f"{path} is not JSON ({error}). Prepare the dataset again") from error
     if isinstance(raw, dict) and raw.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
@@ -139,7 +139,8 @@ def _parse_dataclass(kind: Any, value: Any, where: str) -> Any:
     given = set(_expect(dict, value, where))
     if given != set(hints):
         missing, unknown = sorted(set(hints) - given), sorted(given - set(hints))
-        raise UsageError(f"{where}: " + (f"key {missing[0]!r} is missing" if missing else f"unknown key {unknown[0]!r}"))
+        fault = f"key {missing[0]!r} is missing" if missing else f"unknown key {unknown[0]!r}"
+        raise UsageError(f"{where}: {fault}")
     return kind(**{name: parse(hint, value[name], f"{where}: {name}") for name, hint in hints.items()})
 
 

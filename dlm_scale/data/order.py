@@ -52,7 +52,7 @@ def _feistel(value: np.ndarray, bits: int, key: np.ndarray) -> np.ndarray:
     high, low = value >> width, value & low_mask
     for i in range(0, ROUNDS, 2):
         high = high ^ (_hash(low ^ key[i]) & high_mask)
-        low = low | (_hash(high ^ key[i + 1]) & low_mask)
+        low = low ^ (_hash(high ^ key[i + 1]) & low_mask)
     return high << width | low
 
 

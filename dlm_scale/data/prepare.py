@@ -46,7 +46,7 @@ def prepare(
     `max_documents` 0 means all. The same input gives the same bytes. Raises UsageError; `out` then is as it was.
     """
     if not 0 < val_fraction < 1 or max_documents < 0:
-        raise UsageError(f"--val_fraction {val_fraction} must lie in (0, 1), --max_documents {max_documents} be 0 or more")
+        raise UsageError(f"--val_fraction {val_fraction} must lie in (0, 1), --max_documents {max_documents} not be < 0")
     stream = open_source(source, text_key)
 
     def documents() -> Iterator[Document]:
@@ -57,8 +57,8 @@ def prepare(
         splits = _write_splits(folder, made, documents, val_fraction)
         made.save(folder)
         floor = stream.floor if made.kind in ("byte", "char") else None  # known per letter
-        block = vars(made.meta)
-        meta = DatasetMeta(**block, format_version=FORMAT_VERSION, splits=splits, source=stream.description, floor=floor)
+        about = {"format_version": FORMAT_VERSION, "splits": splits, "source": stream.description, "floor": floor}
+        meta = DatasetMeta(**vars(made.meta), **about)
         write_meta(meta, folder / META_NAME)
     return meta
 
@@ -89,7 +89,7 @@ class _Split:
         ids = np.append(self.tokenizer.encode(text), np.array(separator, dtype=np.int64))
         bad = self.tokenizer.vocabulary.first_invalid(ids)
         if bad is not None:
-            raise UsageError(f"the tokenizer made id {ids[bad]} of {text[:40]!r}...: text cannot hold the mask or a gap")
+            raise UsageError(f"the tokenizer made id {ids[bad]} of {text[:40]!r}...: text cannot hold that id")
         if ids.size:
             self.writer.add_document(ids)
             self.num_documents += 1
@@ -147,7 +147,7 @@ def _hash_of(document: Document) -> int:
 
 
 def _validation_limit(hashes: list[int], val_fraction: float) -> float:
-    """Documents whose hash is below it are validation: the share itself, or of a few documents that many, at least 1."""
+    """Documents whose hash is below it are validation: the share itself, or that of a few documents, at least 1."""
     if len(hashes) >= FEW_DOCUMENTS:
         return val_fraction * 2.0**64
     return hashes[min(max(1, round(len(hashes) * val_fraction)), len(hashes) - 1)]
@@ -174,7 +174,7 @@ def _staging(out: Path, overwrite: bool) -> Iterator[Path]:
     """A folder inside `out` whose files move into `out` at the end, meta.json last; nothing changes on failure."""
     taken = [n for n in (META_NAME, *(f"{s}.{e}" for s in SPLITS for e in ("bin", "idx"))) if (out / n).exists()]
     if taken and not overwrite:
-        raise UsageError(f"{out} already holds a dataset ({taken[0]}). Give another --out, or --overwrite to replace it")
+        raise UsageError(f"{out} already holds a dataset ({taken[0]}). Give another --out, or --overwrite")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -203,7 +203,7 @@ def _lock(out: Path) -> int:
         fcntl.flock(folder_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(folder_fd)
-        raise UsageError(f"{out}: another `dlm prepare` is writing there. Wait for it, or give another --out") from error
+        raise UsageError(f"{out}: another `dlm prepare` is writing there. Wait, or give another --out") from error
     except OSError:
         pass  # a file system without locks
     return folder_fd

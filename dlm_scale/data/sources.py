@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import glob
-import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import xxhash
 
@@ -19,7 +18,7 @@ BUILT_IN: dict[str, Callable[[], Source]] = {"stdlib": stdlib_source, "grammar":
 
 
 def open_source(spec: str | Sequence[str], text_key: str = "text") -> Source:
-    """The documents that SOURCE names: a built-in corpus, `hf:NAME[:CONFIG[:SPLIT]]`, or file, folder, glob (or several).
+    """The documents that SOURCE names: a built-in corpus, `hf:NAME[:CONFIG[:SPLIT]]`, or files, folders, globs.
 
     A text file is one document; a row of JSON Lines or Parquet is one, its text under `text_key`. Raises UsageError.
     """
@@ -79,14 +78,28 @@ def _read_jsonl(path: Path, text_key: str) -> Iterator[str]:
 def _read_jsonl_zst(path: Path, text_key: str) -> Iterator[str]:
     zstandard = import_optional("zstandard", str(path))
     try:
-        with open(path, "rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as file:
-            yield from _json_lines(io.BufferedReader(file), path, text_key)
+        yield from _json_lines(_zst_lines(path, zstandard.ZstdDecompressor()), path, text_key)
     except zstandard.ZstdError as error:
-        raise UsageError(f"{path} is not a complete Zstandard file: {error}") from error
+        raise UsageError(f"{path} is not a Zstandard file: {error}") from error
 
 
-def _json_lines(file: IO[bytes], path: Path, text_key: str) -> Iterator[str]:
-    for number, line in enumerate(file, 1):
+def _zst_lines(path: Path, decompressor: Any) -> Iterator[bytes]:
+    """Lines of a file of one or more frames; the library's own reader takes a file cut short for a whole one."""
+    frame, rest, is_inside = decompressor.decompressobj(), b"", False
+    with open(path, "rb") as file:
+        for chunk in iter(lambda: file.read(1 << 20), b""):
+            while chunk:
+                *lines, rest = (rest + frame.decompress(chunk)).split(b"\n")
+                yield from lines
+                is_inside, chunk = not frame.eof, frame.unused_data
+                frame = frame if is_inside else decompressor.decompressobj()
+    if is_inside:
+        raise UsageError(f"{path} is cut short: its last Zstandard frame has no end. Copy it again")
+    yield rest
+
+
+def _json_lines(lines: Iterable[bytes], path: Path, text_key: str) -> Iterator[str]:
+    for number, line in enumerate(lines, 1):
         if line.strip():
             try:
                 row = json.loads(line)

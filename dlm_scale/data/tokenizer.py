@@ -157,7 +157,7 @@ def _char(files: Mapping[str, bytes]) -> Tokenizer:
         ids = np.minimum(np.searchsorted(code_points, points), len(characters) - 1)
         unknown = np.flatnonzero(code_points[ids] != points)
         if unknown.size:
-            raise UsageError(f"character {text[unknown[0]]!r} is not among the {len(characters)} of this char tokenizer")
+            raise UsageError(f"character {text[unknown[0]]!r} is not one of the {len(characters)} of this char tokenizer")
         return ids.astype(np.int64)
 
     def decode(ids: np.ndarray) -> str:
@@ -172,7 +172,7 @@ def _gpt2(files: Mapping[str, bytes]) -> Tokenizer:
     digest = hashlib.sha256(files[GPT2_FILE]).hexdigest()
     if digest != GPT2_SHA256:
         raise UsageError(
-            f"this .tiktoken file is not GPT-2's (sha256 {digest[:12]}..., expected {GPT2_SHA256[:12]}...): a ranks file"
+            f"this .tiktoken file is not GPT-2's (sha256 {digest[:12]}..., not {GPT2_SHA256[:12]}...): a ranks file"
             " does not say how its text is split. Give GPT-2's, or that tokenizer's tokenizer.json"
         )
     tiktoken = import_optional("tiktoken", "the gpt2 tokenizer")

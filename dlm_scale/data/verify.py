@@ -32,7 +32,7 @@ def verify(prefix: str) -> str:
             refuse_id(data.bin_path, start + bad, int(ids[bad]), meta.vocabulary)
         max_id = max(max_id, int(ids.max()))
     if max_id != split.max_id:
-        raise UsageError(f"{data.bin_path}: its largest id is {max_id}, meta.json says {split.max_id}. Prepare it again")
+        raise UsageError(f"{data.bin_path}: largest id {max_id}, meta.json says {split.max_id}. Prepare it again")
     load_tokenizer(Path(prefix).parent, meta)
     return f"{prefix}: {split.tokens:,} tokens in {split.documents:,} documents, {len(split.bin_xxh3)} blocks: all good"
 

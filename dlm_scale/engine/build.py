@@ -45,7 +45,8 @@ def build_trainer(config: Any, runtime: Runtime, vocabulary: Any) -> Trainer:
     check_against_table(model, table)
     if stage < 3:
         model = model.to(runtime.device)
-    optimizer = _optimizer(config, model, table)
+    groups = parameter_groups(model.named_parameters(), table, config.optimizer)
+    optimizer = AdamW(groups, config.optimizer, config.train.ema_decay)
     unit = unit_of(runtime.mesh)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, mpu=unit)
     access = StateAccess(engine, stage, table, runtime.mesh)
@@ -60,12 +61,6 @@ def _zero_init(deepspeed: Any, stage: int, ds_config: dict, runtime: Runtime) ->
     return deepspeed.zero.Init(
         data_parallel_group=runtime.mesh.data_group, config_dict_or_path=ds_config, dtype=dtype
     )
-
-
-def _optimizer(config: Any, model: torch.nn.Module, table: dict[str, ParameterSpec]) -> AdamW:
-    options = config.optimizer
-    groups = parameter_groups(model.named_parameters(), table, options.weight_decay)
-    return AdamW(groups, betas=(options.beta1, options.beta2), eps=options.eps, ema_decay=config.train.ema_decay)
 
 
 def check_against_table(model: torch.nn.Module, table: dict[str, ParameterSpec]) -> None:

@@ -14,7 +14,7 @@ import torch
 from dlm_scale.engine.batch_hash import batch_hash
 from dlm_scale.engine.build import Trainer
 from dlm_scale.engine.evaluation import evaluate
-from dlm_scale.engine.optimizer import learning_rate
+from dlm_scale.engine.optimizer import rate_factor
 from dlm_scale.engine.saving import save
 from dlm_scale.engine.signals import StopRequest
 from dlm_scale.engine.state import TrainState
@@ -101,12 +101,12 @@ class Clock:
 
 def step_record(trainer, batch, result, state: TrainState, following: TrainState, clock: Clock) -> dict[str, Any]:
     """The line of a logged step. Collective: statistics and hashes are gathered over the data-parallel ranks."""
-    means = reduce_sums(trainer, result["sums"])
+    means, options = reduce_sums(trainer, result["sums"]), trainer.config.optimizer
     return {
         "step": following.step,
         "tokens": following.samples * trainer.config.model.seq_len,
         **means,
-        "learning_rate": learning_rate(state.step, trainer.config.train.num_steps, trainer.config.optimizer),
+        "learning_rate": options.learning_rate * rate_factor(state.step, trainer.config.train.num_steps, options),
         "grad_norm": float(result["grad_norm"]),
         **clock.look(following.samples),
         "batch_hash": batch_hash(batch, trainer.runtime.mesh, trainer.runtime.device),

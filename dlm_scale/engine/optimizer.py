@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -14,58 +15,69 @@ import torch
 class AdamW(torch.optim.AdamW):
     """torch's fused AdamW whose states exist from the start, plus state `ema` when `ema_decay` > 0.
 
-    `gradient_scale`, when set, multiplies the gradients of the next update (clipping by the global norm).
-    The average warms up as min(decay, (1 + n) / (10 + n)) over the updates n.
+    Groups with `is_muon` are left alone but for their average: engine/muon.py moves them. `gradient_scale`, when set,
+    multiplies the gradients of the next update (clipping by the global norm). The average warms up as
+    min(decay, (1 + n) / (10 + n)) over the updates n.
     """
 
-    def __init__(self, params: Iterable, *, betas, eps: float, ema_decay: float = 0.0):
-        super().__init__(params, lr=0.0, betas=betas, eps=eps, weight_decay=0.0, fused=True)
+    def __init__(self, groups: list[dict], options: Any, ema_decay: float = 0.0):
+        betas = (options.beta1, options.beta2)
+        super().__init__(groups, lr=0.0, betas=betas, eps=options.eps, weight_decay=0.0, fused=True)
         self.ema_decay = ema_decay
+        self.momentum, self.matrix_weight_decay = options.muon_momentum, options.weight_decay
         self.gradient_scale: torch.Tensor | None = None
 
-    def prepare(self, masters: Iterable[torch.Tensor], step: int) -> None:
-        """(Re)create the state of the tensors to be updated: zero in every slot, `step` updates done."""
+    def prepare(self, masters: Iterable[tuple[torch.Tensor, dict]], step: int) -> None:
+        """(Re)create the state of the tensors to be updated, each given with its group: zero in every slot."""
         self.state.clear()
-        for parameter in masters:
-            state = self.state[parameter]
-            state["step"] = torch.tensor(float(step), device=parameter.device)
-            for slot in self.slots():
-                state[slot] = torch.zeros_like(parameter, memory_format=torch.preserve_format).detach()
+        for master, group in masters:
+            slots = ("momentum",) if group.get("is_muon") else ("exp_avg", "exp_avg_sq")
+            state = self.state[master]
+            state["step"] = torch.tensor(float(step), device=master.device)
+            for slot in slots + (("ema",) if self.ema_decay else ()):
+                state[slot] = torch.zeros_like(master, memory_format=torch.preserve_format).detach()
 
-    def slots(self) -> tuple[str, ...]:
-        """Names of the tensors a parameter has beside its value."""
-        return ("exp_avg", "exp_avg_sq", "ema") if self.ema_decay else ("exp_avg", "exp_avg_sq")
+    def slots_of(self, master: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The tensors that a master has beside its value."""
+        return {slot: tensor for slot, tensor in self.state[master].items() if slot != "step"}
 
     @torch.no_grad()
     def step(self, closure=None):
-        if self.gradient_scale is not None:
-            for parameter in self._parameters():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(self.gradient_scale.to(parameter.grad))
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self._scale_gradient(parameter, group)
         result = super().step(closure)
-        if self.ema_decay:
-            for parameter in self._parameters():
-                self._average(parameter)
+        for group in self.param_groups if self.ema_decay else ():
+            for parameter in group["params"]:
+                self._average(parameter, group)
         return result
 
-    def _average(self, parameter: torch.Tensor) -> None:
+    def _scale_gradient(self, parameter: torch.Tensor, group: dict) -> None:
+        if group.get("is_muon"):
+            parameter.grad = None
+        elif parameter.grad is not None and self.gradient_scale is not None:
+            parameter.grad.mul_(self.gradient_scale.to(parameter.grad))
+
+    def _average(self, parameter: torch.Tensor, group: dict) -> None:
         state = self.state[parameter]
         if "ema" not in state:  # DeepSpeed takes trial steps before `prepare`
             return
+        if group.get("is_muon"):
+            state["step"] += 1
         updates = state["step"]
         decay = torch.clamp((1 + updates) / (10 + updates), max=self.ema_decay)
         state["ema"].lerp_(parameter.detach(), 1 - decay)
 
-    def _parameters(self):
-        return (p for group in self.param_groups for p in group["params"] if p.numel())
 
-
-def parameter_groups(named: Iterable, table: dict, weight_decay: float) -> list[dict]:
-    """Two groups: matrices of the blocks, which decay, and the rest (tables, gains), which do not."""
-    decaying, plain = [], []
+def parameter_groups(named: Iterable, table: dict, options: Any) -> list[dict]:
+    """Matrices of the blocks, which decay (and which Muon takes when it is the optimizer), and the rest, which do not."""
+    muon, decaying, plain = [], [], []
     for name, parameter in named:
-        (decaying if table[name].decays else plain).append(parameter)
-    groups = [{"params": decaying, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        spec = table[name]
+        is_muon = options.name == "muon" and spec.is_hidden_matrix
+        (muon if is_muon else decaying if spec.decays else plain).append(parameter)
+    groups = [{"params": decaying, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0},
+              {"params": muon, "weight_decay": 0.0, "is_muon": True}]
     return [group for group in groups if group["params"]]
 
 
@@ -73,8 +85,8 @@ def _cosine(progress: float, floor: float) -> float:
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def learning_rate(step: int, num_steps: int, config) -> float:
-    """The rate of the update that follows `step` finished ones.
+def rate_factor(step: int, num_steps: int, config: Any) -> float:
+    """What the configured learning rates are multiplied by for the update that follows `step` finished ones.
 
     Linear warm-up over `warmup_steps`; then `cosine` down to `min_learning_rate_ratio`, `wsd` (constant, then linear
     down over the last `decay_fraction` of the run; Hu et al., 2024) or `constant`.
@@ -90,4 +102,4 @@ def learning_rate(step: int, num_steps: int, config) -> float:
         factor = floor + (1 - floor) * remaining
     else:
         factor = 1.0
-    return config.learning_rate * warmup * factor
+    return warmup * factor

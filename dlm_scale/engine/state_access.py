@@ -41,14 +41,15 @@ def fragments(engine: Any, stage: int) -> list[Fragment]:
     return list(FRAGMENTS[stage](engine))
 
 
-def masters(engine: Any, stage: int) -> list[torch.Tensor]:
-    """The float32 tensors that the torch optimizer updates on this rank: whole weights, or flat partitions."""
-    wrapper = engine.optimizer
+def masters(engine: Any, stage: int) -> list[tuple[torch.Tensor, dict]]:
+    """The float32 tensors that the optimizer updates on this rank (whole weights, or flat parts), each with its group."""
+    wrapper, groups = engine.optimizer, inner_optimizer(engine).param_groups
     if stage == 3:
-        return list(wrapper.fp32_partitioned_groups_flat)
+        flats = wrapper.fp32_partitioned_groups_flat
+        return [(flat, groups[wrapper.sub_group_to_group_id[i]]) for i, flat in enumerate(flats)]
     if stage:
-        return list(_flat_partitions(wrapper))
-    return [parameter for group in inner_optimizer(engine).param_groups for parameter in group["params"]]
+        return list(zip(_flat_partitions(wrapper), groups, strict=True))
+    return [(parameter, group) for group in groups for parameter in group["params"]]
 
 
 def _flat_partitions(wrapper: Any) -> list[torch.Tensor]:
@@ -59,8 +60,7 @@ def _flat_partitions(wrapper: Any) -> list[torch.Tensor]:
 
 
 def _slots(engine: Any, master: torch.Tensor, start: int, numel: int) -> dict[str, torch.Tensor]:
-    optimizer = inner_optimizer(engine)
-    tensors = {"param": master.data} | {slot: optimizer.state[master][slot] for slot in optimizer.slots()}
+    tensors = {"param": master.data} | inner_optimizer(engine).slots_of(master)
     return {slot: tensor.view(-1).narrow(0, start, numel) for slot, tensor in tensors.items()}
 
 
@@ -149,17 +149,17 @@ class StateAccess:
         """What this rank writes of a checkpoint: each element of each logical tensor once over all ranks."""
         for fragment in fragments(self.engine, self.stage):
             spec, size = self.table[fragment.name], fragment.slots["param"].numel()
-            for item, low, high, offset in self._counted(fragment.name, fragment.start, size):
+            for item, low, high, offset in self.counted(fragment.name, fragment.start, size):
                 for slot, tensor in fragment.slots.items():
                     values = tensor[offset : offset + high - low]
                     yield Piece(spec.name, slot, spec.shape, spec.view, item.box, low, values)
 
     def counted_ranges(self, name: str, start: int, size: int) -> Iterator[tuple[int, int]]:
         """Parts [low, high) of the local elements [start, start + size) that no other rank counts."""
-        for _, low, high, offset in self._counted(name, start, size):
+        for _, low, high, offset in self.counted(name, start, size):
             yield start + offset, start + offset + high - low
 
-    def _counted(self, name: str, start: int, size: int) -> Iterator[tuple[LocalBox, int, int, int]]:
+    def counted(self, name: str, start: int, size: int) -> Iterator[tuple[LocalBox, int, int, int]]:
         """(box, low, high, offset in the fragment). At ZeRO 0 all data-parallel ranks hold the same values: they
         share the elements out."""
         own_start, stop = start, start + size

@@ -15,7 +15,8 @@ from dlm_scale.diffusion.timestep import stratified_times
 from dlm_scale.diffusion.weighting import WEIGHTINGS
 from dlm_scale.engine.build import Trainer
 from dlm_scale.engine.gradients import clip_by_global_norm
-from dlm_scale.engine.optimizer import learning_rate
+from dlm_scale.engine.muon import muon_update
+from dlm_scale.engine.optimizer import rate_factor
 from dlm_scale.engine.state import TrainState
 
 STATS = ("nelbo_sum", "ce_sum", "num_masked", "num_correct")
@@ -58,7 +59,9 @@ def train_step(trainer: Trainer, batch: Sequence[Corrupted], state: TrainState) 
     the true global norm before clipping.
     """
     engine, mesh = trainer.engine, trainer.runtime.mesh
-    set_learning_rate(trainer, state.step)
+    factor = rate_factor(state.step, trainer.config.train.num_steps, trainer.config.optimizer)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = trainer.config.optimizer.learning_rate * factor
     sums = torch.zeros(1 + len(STATS), dtype=torch.float64, device=trainer.runtime.device)
     for corrupted in batch:
         corrupted = corrupted.to(trainer.runtime.device)
@@ -68,15 +71,10 @@ def train_step(trainer: Trainer, batch: Sequence[Corrupted], state: TrainState) 
         sums += torch.stack([loss_sum.detach().double(), *(stats[name] for name in STATS)])
         if engine.is_gradient_accumulation_boundary():
             norm = clip_by_global_norm(trainer, trainer.config.optimizer.gradient_clip)
+            if trainer.config.optimizer.name == "muon":
+                muon_update(trainer, trainer.config.optimizer.muon_learning_rate * factor)
         engine.step()
     return {"sums": sums, "grad_norm": norm}
-
-
-def set_learning_rate(trainer: Trainer, step: int) -> float:
-    rate = learning_rate(step, trainer.config.train.num_steps, trainer.config.optimizer)
-    for group in trainer.engine.optimizer.param_groups:
-        group["lr"] = rate
-    return rate
 
 
 def reduce_sums(trainer: Trainer, sums: torch.Tensor) -> dict[str, float]:

@@ -60,6 +60,11 @@ class ParameterSpec:
         return self.shard_dim == 0 and not self.decays
 
     @property
+    def is_hidden_matrix(self) -> bool:
+        """A matrix of a block that maps hidden states to hidden states: what Muon orthogonalises."""
+        return self.decays and self.shard_dim is not None
+
+    @property
     def is_grouped(self) -> bool:
         """A fused QKV projection: view (key/value heads, queries + 2, head width, width)."""
         return len(self.view) == 4

@@ -19,7 +19,8 @@ from dlm_scale.diffusion.weighting import WEIGHTINGS
 from dlm_scale.diffusion.corruption import corrupt
 from dlm_scale.engine.batch_hash import batch_hash
 from dlm_scale.engine.build import build_trainer
-from dlm_scale.engine.optimizer import learning_rate
+from dlm_scale.engine.muon import newton_schulz
+from dlm_scale.engine.optimizer import rate_factor
 from dlm_scale.engine.state import TrainState
 from dlm_scale.engine.state_access import zero_slot_source
 from dlm_scale.engine.step import make_batch, reduce_sums, train_step
@@ -108,9 +109,11 @@ def run_twin(config, steps: int) -> dict[str, Any]:
             parameter.zero_()
             parameter[: table[name].shape[0]] = values.view(table[name].shape)
     options, named = config.optimizer, dict(model.named_parameters())
-    groups = [{"params": [named[n] for n in table if table[n].decays], "weight_decay": options.weight_decay},
+    matrices = {n: torch.zeros(table[n].shape) for n in table if options.name == "muon" and table[n].is_hidden_matrix}
+    decaying = [named[n] for n in table if table[n].decays and n not in matrices]
+    groups = [{"params": decaying, "weight_decay": options.weight_decay},
               {"params": [named[n] for n in table if not table[n].decays], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(options.beta1, options.beta2), eps=options.eps)
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(options.beta1, options.beta2), eps=options.eps)
     lines, state = [], TrainState()
     for _ in range(steps):
         index = state.samples + np.arange(config.train.global_batch_size)
@@ -123,8 +126,11 @@ def run_twin(config, steps: int) -> dict[str, Any]:
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.gradient_clip)
+        factor = rate_factor(state.step, config.train.num_steps, options)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(state.step, config.train.num_steps, options)
+            group["lr"] = options.learning_rate * factor
+        for name, momentum in matrices.items():
+            _muon_step(named[name], momentum, options.muon_learning_rate * factor, options)
         optimizer.step()
         alone = SimpleNamespace(data_size=1)
         lines.append({"loss": loss.item(), "grad_norm": norm.item(),
@@ -132,6 +138,15 @@ def run_twin(config, steps: int) -> dict[str, Any]:
         state = state.advanced(len(index))
     weights = {n: p.detach()[: table[n].shape[0]].numpy() for n, p in model.named_parameters()}
     return {"lines": lines, "weights": weights}
+
+
+@torch.no_grad()
+def _muon_step(weight, momentum, rate: float, options) -> None:
+    momentum.lerp_(weight.grad, 1 - options.muon_momentum)
+    update = newton_schulz(weight.grad.lerp(momentum, options.muon_momentum))
+    weight.mul_(1 - rate * options.weight_decay)
+    weight.sub_(update, alpha=rate * max(1.0, weight.shape[0] / weight.shape[1]) ** 0.5)
+    weight.grad = None
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
