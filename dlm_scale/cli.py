@@ -101,7 +101,10 @@ def exit_code(run: Callable[[], int | None], program: str = "dlm") -> int:
     try:
         return run() or 0
     except UsageError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
+        from dlm_scale.parallel.dist_env import is_first_rank
+
+        if is_first_rank():
+            print(f"{program}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -130,6 +133,12 @@ def _dispatch(arguments: Sequence[str]) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `dlm`; returns the exit code."""
     return exit_code(lambda: _dispatch(sys.argv[1:] if arguments is None else arguments))
+
+
+def launched_main(name: str) -> None:
+    """`python -m dlm_scale.NAME` under a launcher: `dlm NAME` without the flag that deepspeed adds."""
+    arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
+    sys.exit(main([name, *arguments]))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import math
 import sys
 from typing import Any
 
+from dlm_scale.cli import launched_main
 from dlm_scale.errors import UsageError
 
 
@@ -19,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=int, default=16, help="rows a forward pass (default 16)")
     parser.add_argument("--seed", type=int, default=0, help="of the masks; the same for checkpoints to be compared")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--weights", choices=("auto", "ema", "raw"), default="auto", help="auto: EMA where there is one")
+    parser.add_argument("--weights", choices=("auto", "ema", "raw"), default="auto", help="auto: EMA if there is one")
     parser.add_argument("--json", action="store_true", help="only one JSON object on stdout")
 
 
@@ -95,25 +96,20 @@ class _Progress:
 
     def __call__(self, done: int) -> None:
         if self.shown:
-            print(f"\revaluating: batch {done} of {self.total}", end="\n" if done >= self.total else "", file=sys.stderr)
+            end = "\n" if done >= self.total else ""
+            print(f"\revaluating: batch {done} of {self.total}", end=end, file=sys.stderr)
 
 
 def _print(report: dict[str, Any], as_json: bool) -> None:
     if not as_json:
         se = report["nelbo_se"]
-        print(f"NELBO <= {report['nelbo']:.4f} nats/token (95 % interval +- {1.96 * (se or 0):.4f}; Monte-Carlo part "
+        print(f"NELBO <= {report['nelbo']:.4f} nats/token (95 % interval +- {1.96 * (se or 0):.4f}, Monte-Carlo part "
               f"{1.96 * report['nelbo_se_mc']:.4f}); perplexity <= {report['ppl']:.3f}; "
               f"{report['tokens']:,} tokens, step {report['step']}, {report['weights']} weights")
         if report["bits_per_byte"] is not None:
-            print(f"bits per byte <= {report['bits_per_byte']:.4f} +- {report['bits_per_byte_se']:.4f} (standard error)")
+            print(f"bits per byte <= {report['bits_per_byte']:.4f}, standard error {report['bits_per_byte_se']:.4f}")
     print(json.dumps(report))
 
 
-def main(argv: list[str] | None = None) -> None:
-    from dlm_scale.train import run_main
-
-    run_main("dlm evaluate", "NELBO of a checkpoint.", add_arguments, run, argv)
-
-
 if __name__ == "__main__":
-    main()
+    launched_main("evaluate")

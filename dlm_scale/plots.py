@@ -39,7 +39,9 @@ def _draw_nelbo(axes, records) -> None:
 
 def _draw_mask_ratio(axes, records) -> None:
     curves = [r for r in records if r.get("val_ce_by_mask_ratio")]
-    for record in {r["step"]: r for r in (curves[:1] + curves[len(curves) // 2 : len(curves) // 2 + 1] + curves[-1:])}.values():
+    middle = len(curves) // 2
+    shown = {r["step"]: r for r in curves[:1] + curves[middle : middle + 1] + curves[-1:]}
+    for record in shown.values():
         ratio = [(i + 0.5) / 10 for i in range(10)]
         points = [(m, ce) for m, ce in zip(ratio, record["val_ce_by_mask_ratio"]) if ce is not None]
         axes.plot(*zip(*points), marker=".", label=f"step {record['step']}")

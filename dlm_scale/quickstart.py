@@ -111,7 +111,7 @@ def validation_bytes() -> bytes:
 
 
 def pick_functions(text: bytes, seq_len: int) -> Iterator[tuple[bytes, bytes, bytes]]:
-    """(before, hole, after) of functions of 2 lines or more that fit the context; files are separated by a zero byte."""
+    """(before, hole, after) of functions of two lines or more that fit the context; zero bytes separate the files."""
     found = 0
     for document in text.split(b"\0"):
         source = document.decode()

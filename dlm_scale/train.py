@@ -6,12 +6,13 @@ Cheap checks come first: a wrong config, dataset or run folder is refused before
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
+from dlm_scale.cli import launched_main
 from dlm_scale.errors import UsageError
+from dlm_scale.parallel.dist_env import dist_env, is_first_rank
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,9 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Check everything that is cheap to check, then train."""
-    from dlm_scale.config import load_config
+    from dlm_scale.config import load_config, resolve_batch
+    from dlm_scale.parallel.mesh import check_layout
 
-    config = load_config(args.config, args.overrides)
+    config, world = load_config(args.config, args.overrides), dist_env().world_size
+    check_layout(world, config.parallel.tensor_parallel_size)
+    resolve_batch(config, world // config.parallel.tensor_parallel_size)
     data, validation = open_datasets(config)
     checkpoint = find_resume_point(config, data)
     train(config, data, validation, checkpoint)
@@ -53,7 +57,7 @@ def find_resume_point(config: Any, data: Any) -> Any:
     if not has_checkpoint:
         return None
     path, skipped = find_checkpoint(out)
-    if first_rank():
+    if is_first_rank():
         for message in skipped:
             print(f"dlm: warning: {message}", file=sys.stderr)
     from dlm_scale.checkpoint.reader import open_checkpoint
@@ -77,10 +81,6 @@ def check_same_run(checkpoint: Any, config: Any, data: Any) -> None:
                          "on would mix two runs; restore these keys, or choose another train.out")
 
 
-def first_rank() -> bool:
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
-
-
 def train(config: Any, data: Any, validation: Any, checkpoint: Any) -> None:
     """Join the world, build the engine, run the loop, leave the run folder complete."""
     from dlm_scale.engine.build import build_trainer
@@ -96,24 +96,12 @@ def train(config: Any, data: Any, validation: Any, checkpoint: Any) -> None:
     stop_runtime()
 
 
-def run_main(prog: str, description: str, add, action, argv: list[str] | None = None) -> None:
-    """Parse, run, turn a UsageError into one line (rank 0) and exit code 2: what every launched main does."""
-    parser = argparse.ArgumentParser(prog=prog, description=description)
-    add(parser)
-    arguments = sys.argv[1:] if argv is None else argv
-    # The deepspeed launcher puts --local_rank=N first; the environment says the same.
-    arguments = [a for a in arguments if not a.startswith("--local_rank")]
-    try:
-        action(parser.parse_args(arguments))
-    except UsageError as error:
-        if first_rank():
-            print(f"dlm: error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-def main(argv: list[str] | None = None) -> None:
-    run_main("dlm train", "Train a diffusion language model.", add_arguments, run, argv)
+def main(arguments: list[str] | None = None) -> None:
+    """`dlm train CONFIG overrides`. Raises UsageError."""
+    parser = argparse.ArgumentParser(prog="dlm train", description="Train a diffusion language model.")
+    add_arguments(parser)
+    run(parser.parse_args(sys.argv[1:] if arguments is None else arguments))
 
 
 if __name__ == "__main__":
-    main()
+    launched_main("train")

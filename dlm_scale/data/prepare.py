@@ -43,10 +43,12 @@ def prepare(
 
     A source of one document is split by position at a character, its last `val_fraction` being validation. Of many,
     those of the lowest hash of their text are validation, and a separator follows each where the tokenizer has one.
-    `max_documents` 0 means all. The same input gives the same bytes. Raises UsageError; `out` then is as it was.
+    `max_documents` 0 means all. The same input gives the same bytes. UsageError leaves a dataset in `out` alone.
     """
-    if not 0 < val_fraction < 1 or max_documents < 0:
-        raise UsageError(f"--val_fraction {val_fraction} must lie in (0, 1), --max_documents {max_documents} not be < 0")
+    if not 0 < val_fraction < 1:
+        raise UsageError(f"--val_fraction {val_fraction} must lie between 0 and 1")
+    if max_documents < 0:
+        raise UsageError(f"--max_documents {max_documents} must be 0 (all) or more")
     stream = open_source(source, text_key)
 
     def documents() -> Iterator[Document]:

@@ -48,11 +48,7 @@ class Tokenizer:
 
     @property
     def hash(self) -> str:
-        """SHA-256 over the kind and its files, in name order."""
-        digest = hashlib.sha256(self.kind.encode())
-        for name in sorted(self.files):
-            digest.update(name.encode() + b"\0" + hashlib.sha256(self.files[name]).digest())
-        return digest.hexdigest()
+        return _hash(self.kind, self.files)
 
     @property
     def meta(self) -> TokenizerMeta:
@@ -104,16 +100,27 @@ def load_tokenizer(folder: str | Path, meta: Mapping[str, Any] | TokenizerMeta) 
     if named.kind not in KINDS:
         cause = "it was trained on synthetic tokens" if named.kind == "none" else f"kind {named.kind!r} is unknown"
         raise UsageError(f"{folder}: there is no tokenizer here that could read or write text: {cause}")
-    made = KINDS[named.kind]({name: _read(Path(folder) / name) for name in named.files})
-    if (made.hash, made.vocabulary, made.eos_id) != (named.hash, meta.vocabulary, meta.eos_id):
-        raise UsageError(f"{folder}: its tokenizer files {list(named.files)} are not those that its meta describes")
-    return made
+    build, names = KINDS[named.kind]
+    files = {name: _read(Path(folder) / name) for name in names}
+    if named.files == names and _hash(named.kind, files) == named.hash:
+        made = build(files)
+        if (made.vocabulary, made.eos_id) == (meta.vocabulary, meta.eos_id):
+            return made
+    raise UsageError(f"{folder}: its {named.kind} tokenizer {list(names)} is not the one that its meta describes")
 
 
 def copy_tokenizer(meta: Mapping[str, Any] | TokenizerMeta, src: str | Path, dst: str | Path) -> list[str]:
     """Copy the tokenizer's files from one folder to another, checked by their hash; returns their names."""
     kind = meta.tokenizer.kind if isinstance(meta, TokenizerMeta) else meta["tokenizer"]["kind"]
     return [] if kind == "none" else load_tokenizer(src, meta).save(dst)
+
+
+def _hash(kind: str, files: Mapping[str, bytes]) -> str:
+    """SHA-256 over the kind and its files, in name order."""
+    digest = hashlib.sha256(kind.encode())
+    for name in sorted(files):
+        digest.update(name.encode() + b"\0" + hashlib.sha256(files[name]).digest())
+    return digest.hexdigest()
 
 
 def _read(path: Path) -> bytes:
@@ -147,9 +154,11 @@ def _byte(files: Mapping[str, bytes]) -> Tokenizer:
 
 def _char(files: Mapping[str, bytes]) -> Tokenizer:
     """The characters of a text in code point order, then the mask."""
-    characters = json.loads(files[CHAR_FILE])
+    characters = parse(str, json.loads(files[CHAR_FILE]), CHAR_FILE)
     if not characters:
         raise UsageError("the char tokenizer found no characters: the source holds no text")
+    if list(characters) != sorted(set(characters)):
+        raise UsageError(f"{CHAR_FILE} must hold each character once, in code point order")
     code_points = np.array([ord(c) for c in characters], dtype=np.uint32)
 
     def encode(text: str) -> np.ndarray:
@@ -157,7 +166,8 @@ def _char(files: Mapping[str, bytes]) -> Tokenizer:
         ids = np.minimum(np.searchsorted(code_points, points), len(characters) - 1)
         unknown = np.flatnonzero(code_points[ids] != points)
         if unknown.size:
-            raise UsageError(f"character {text[unknown[0]]!r} is not one of the {len(characters)} of this char tokenizer")
+            named = repr(text[unknown[0]])
+            raise UsageError(f"character {named} is not among the {len(characters)} of this char tokenizer")
         return ids.astype(np.int64)
 
     def decode(ids: np.ndarray) -> str:
@@ -239,6 +249,10 @@ def _special_id(bpe: Any, tokenizers: Any, names: tuple[str, ...]) -> int:
     return bpe.token_to_id(name)
 
 
-KINDS: dict[str, Callable[[Mapping[str, bytes]], Tokenizer]] = {
-    "byte": _byte, "char": _char, "gpt2": _gpt2, "hf": _hf,
-}  # fmt: skip
+# kind -> (its maker, the files that it needs)
+KINDS: dict[str, tuple[Callable[[Mapping[str, bytes]], Tokenizer], tuple[str, ...]]] = {
+    "byte": (_byte, ()),
+    "char": (_char, (CHAR_FILE,)),
+    "gpt2": (_gpt2, (GPT2_FILE,)),
+    "hf": (_hf, (HF_FILE,)),
+}

@@ -70,7 +70,7 @@ class AdamW(torch.optim.AdamW):
 
 
 def parameter_groups(named: Iterable, table: dict, options: Any) -> list[dict]:
-    """Matrices of the blocks, which decay (and which Muon takes when it is the optimizer), and the rest, which do not."""
+    """Matrices of the blocks, which decay (and which Muon takes if it is the optimizer), and the rest, which do not."""
     muon, decaying, plain = [], [], []
     for name, parameter in named:
         spec = table[name]

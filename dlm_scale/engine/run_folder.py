@@ -29,15 +29,22 @@ def provenance() -> dict[str, Any]:
     import deepspeed
     import torch
 
-    root = Path(__file__).parents[2]
-    commit = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
     return {
         "dlm_scale": dlm_scale.__version__,
-        "git_commit": commit.stdout.strip() or None,
+        "git_commit": _git_commit(),
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "deepspeed": deepspeed.__version__,
     }
+
+
+def _git_commit() -> str | None:
+    """The commit of the source tree; None where there is no git, or no repository."""
+    command = ["git", "-C", str(Path(__file__).parents[2]), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    except OSError:
+        return None
 
 
 def prepare_folder(out: Path, resume: str, has_checkpoint: bool) -> None:

@@ -42,7 +42,7 @@ def fragments(engine: Any, stage: int) -> list[Fragment]:
 
 
 def masters(engine: Any, stage: int) -> list[tuple[torch.Tensor, dict]]:
-    """The float32 tensors that the optimizer updates on this rank (whole weights, or flat parts), each with its group."""
+    """The float32 tensors that the optimizer updates on this rank (whole weights or flat parts), with their groups."""
     wrapper, groups = engine.optimizer, inner_optimizer(engine).param_groups
     if stage == 3:
         flats = wrapper.fp32_partitioned_groups_flat

@@ -65,7 +65,8 @@ class _SelectRows(torch.autograd.Function):
         size, rank = dist.get_world_size(group), dist.get_rank(group)
         local_length = hidden_BLD.shape[1]
         column_N = rows_N % (local_length * size)
-        owner_N, flat_N = column_N // local_length, rows_N // (local_length * size) * local_length + column_N % local_length
+        owner_N = column_N // local_length
+        flat_N = rows_N // (local_length * size) * local_length + column_N % local_length
         most = int(torch.bincount(owner_N, minlength=size).max()) if rows_N.numel() else 0
         mine = hidden_BLD.flatten(0, 1).index_select(0, flat_N[owner_N == rank])
         padded = mine.new_zeros(most, mine.shape[1])

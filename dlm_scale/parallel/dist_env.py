@@ -93,6 +93,11 @@ def _checked(env: DistEnv) -> DistEnv:
     return env
 
 
+def is_first_rank() -> bool:
+    """Whether this process is the one that talks; needs no valid environment."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
 def export_environment(env: DistEnv) -> None:
     """Set the variables that DeepSpeed and NCCL read, whatever the launcher left out."""
     os.environ.update(

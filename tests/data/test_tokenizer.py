@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiktoken.load import load_tiktoken_bpe
 
 from dlm_scale.data.meta import TokenizerMeta, parse
-from dlm_scale.data.tokenizer import copy_tokenizer, load_tokenizer, make_tokenizer
+from dlm_scale.data.tokenizer import KINDS, copy_tokenizer, load_tokenizer, make_tokenizer
 from dlm_scale.data.vocabulary import Vocabulary
 from dlm_scale.errors import UsageError
 
@@ -78,6 +78,12 @@ def test_char_names_the_unknown_character():
         make_tokenizer("char", ["hello"]).encode("\U0001f600")
     with pytest.raises(UsageError, match="no text"):
         make_tokenizer("char", [])
+
+
+@pytest.mark.parametrize("raw", [b'["a", "b"]', b'"ba"', b'"aa"'])
+def test_a_characters_file_that_was_not_made_here(raw):
+    with pytest.raises(UsageError, match="characters.json"):
+        KINDS["char"][0]({"characters.json": raw})
 
 
 def test_char_of_tinyshakespeare_is_the_known_one(shared_data):
@@ -200,8 +206,10 @@ def test_a_copied_folder_gives_the_same_tokenizer(kind, tmp_path, request):
 
 def test_loading_refuses_other_numbers_and_no_tokenizer(tmp_path):
     block = make_tokenizer("byte").meta.tokenizer_dict()
-    with pytest.raises(UsageError, match="not those"):
+    with pytest.raises(UsageError, match="not the one"):
         load_tokenizer(tmp_path, block | {"mask_id": 255})
+    with pytest.raises(UsageError, match="not the one"):
+        load_tokenizer(tmp_path, block | {"tokenizer": block["tokenizer"] | {"files": ["x"]}})
     with pytest.raises(UsageError, match="vocab_size"):
         load_tokenizer(tmp_path, {k: v for k, v in block.items() if k != "vocab_size"})
     none = block | {"tokenizer": {"kind": "none", "files": [], "hash": ""}}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import warnings
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,17 +32,25 @@ from dlm_scale.model.parameters import parameter_table
 from dlm_scale.model.sharding import full_box
 from dlm_scale.model.transformer import Transformer
 
-VOCAB, BATCH = 37, 8
+# Tables are padded to 128 rows a tensor-parallel rank: with 389 ids each of 4 ranks has logical rows, the last one
+# also padding.
+VOCAB, BATCH = 389, 8
 
 
 def case_config(**overrides: Any):
-    """A 2-layer model on synthetic tokens; clipping is active. `section__key=value` overrides."""
+    """A 2-layer model on synthetic tokens; clipping is active. `section__key=value` overrides.
+
+    eps: where the terms of a gradient cancel, what is left (1e-9 beside terms of 1e-3) is rounding, and Adam's first
+    updates multiply it by learning_rate / eps. At eps 1e-8 two correct orders of summation differ by 2e-5 in single
+    weights after one step; at 1e-5, still far below the gradients themselves, by 2e-6 after ten.
+    """
     raw = {
         "model": {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "seq_len": 16, "tied": False},
         "data": {"train": "synthetic", "synthetic_vocab_size": VOCAB},
         "train": {"global_batch_size": BATCH, "micro_batch_size": BATCH, "num_steps": 100, "precision": "fp32",
                   "out": "unused", "seed": 5},
-        "optimizer": {"learning_rate": 1e-3, "gradient_clip": 0.5, "weight_decay": 0.1, "warmup_steps": 3},
+        "optimizer": {"learning_rate": 1e-3, "gradient_clip": 0.2, "weight_decay": 0.1, "warmup_steps": 3,
+                      "eps": 1e-5},
         "deepspeed": {"zero_optimization": {"stage": 0}},
     }
     for key, value in overrides.items():
@@ -49,6 +60,60 @@ def case_config(**overrides: Any):
         else:
             raw.setdefault(section, {})[name] = value
     return config_from_dict(raw)
+
+
+MODELS = {  # names of model variants: what they change
+    "base": {},
+    "gqa": {"model__num_kv_heads": 2},
+    "mqa": {"model__num_kv_heads": 1},
+    "gelu": {"model__mlp": "gelu"},
+    "adaln": {"model__tied": True, "model__time_conditioning": "adaln"},
+    "recompute": {"train__activation_checkpoint_every": 1},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layout, ZeRO stage, batch split and model variant."""
+
+    stage: int
+    tensor: int
+    data: int
+    accumulation: int = 1
+    sequence: bool = False
+    model: str = "base"
+
+    @property
+    def layout(self) -> str:
+        return f"TP{self.tensor}xDP{self.data}" + ("+SP" if self.sequence else "")
+
+    def __str__(self) -> str:
+        return f"{self.layout}-zero{self.stage}-acc{self.accumulation}-{self.model}"
+
+    def config(self, **overrides: Any):
+        return case_config(parallel__tensor_parallel_size=self.tensor, parallel__sequence_parallel=self.sequence,
+                           train__micro_batch_size=BATCH // (self.data * self.accumulation), zero__stage=self.stage,
+                           **MODELS[self.model], **overrides)
+
+
+def run_cases(cases: list[Case], steps: int, context=lambda case: contextlib.nullcontext()) -> dict[Case, Any]:
+    """Each case in one process group; all must have one layout. For `run_ranks`; the results are rank 0's."""
+    from dlm_scale.engine.runtime import start_runtime
+
+    runtime = start_runtime("cpu", cases[0].tensor)
+    results = {}
+    for case in cases:
+        with context(case):
+            results[case] = run_engine(runtime, case.config(), steps)
+    return results if runtime.is_first else {}
+
+
+def import_distributed() -> None:
+    """Import what every rank needs once, before the fork."""
+    import deepspeed  # noqa: F401
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import megatron.core.tensor_parallel  # noqa: F401
 
 
 def data_of(config):
@@ -147,6 +212,11 @@ def _muon_step(weight, momentum, rate: float, options) -> None:
     weight.mul_(1 - rate * options.weight_decay)
     weight.sub_(update, alpha=rate * max(1.0, weight.shape[0] / weight.shape[1]) ** 0.5)
     weight.grad = None
+
+
+def twins(cases, steps: int) -> dict[str, dict[str, Any]]:
+    """The twin of each model variant that occurs."""
+    return {name: run_twin(case_config(**MODELS[name]), steps) for name in {case.model for case in cases}}
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:

@@ -1,6 +1,7 @@
 import pytest
 
-import deepspeed  # noqa: F401  (once, before any fork)
+import deepspeed  # noqa: F401  (once, before any fork; so is the next)
+import matplotlib.pyplot  # noqa: F401
 
 from dlm_scale.data.prepare import prepare
 

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from dlm_scale import ops
 from dlm_scale.config import ModelConfig
 from dlm_scale.data.vocabulary import Vocabulary
-from dlm_scale.model.initialise import contiguous_runs, full_box, initial_values
+from dlm_scale.model.initialise import initial_values
 from dlm_scale.model.parameters import parameter_table
+from dlm_scale.model.sharding import contiguous_runs, full_box
 from dlm_scale.model.transformer import Transformer
 
 SHAPE = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "seq_len": 12}
@@ -117,7 +118,8 @@ def test_attention_is_bidirectional():
     assert torch.equal(logits(model, x_BL)[1], logits(model, changed)[1])
 
 
-@pytest.mark.parametrize("mask, sees", [(ops.Causal(), lambda q, k: k <= q), (ops.Blocks(4), lambda q, k: k // 4 <= q // 4)])
+@pytest.mark.parametrize("mask, sees", [(ops.Causal(), lambda q, k: k <= q),
+                                        (ops.Blocks(4), lambda q, k: k // 4 <= q // 4)])
 def test_a_mask_hides_exactly_what_it_says(mask, sees):
     model, x_BL = randomised(made()), ids(LAST, rows=1)
     base = logits(model, x_BL, attention=mask)[0]
@@ -164,7 +166,8 @@ def test_grouped_queries_equal_repeated_keys():
         for (name, target), source in zip(whole.named_parameters(), grouped.parameters()):
             if name.endswith("qkv.weight"):
                 group = source.view(2, 4, 8, 32)
-                source = torch.stack([torch.stack([group[h // 2, h % 2], group[h // 2, 2], group[h // 2, 3]]) for h in range(4)])
+                parts = [(group[h // 2, h % 2], group[h // 2, 2], group[h // 2, 3]) for h in range(4)]
+                source = torch.stack([torch.stack(part) for part in parts])
             target.copy_(source.reshape(target.shape))
     torch.testing.assert_close(logits(grouped, ids(LAST)), logits(whole, ids(LAST)), rtol=1e-5, atol=1e-5)
 
@@ -191,8 +194,8 @@ def test_vocabulary_padding_changes_nothing():
     assert torch.equal(before, cross_entropy(model, ids(LAST), torch.arange(24) % 4)[1])
 
 
-@pytest.mark.parametrize("view, box", [((6, 4), ((2, 5), (0, 4))), ((6, 4), ((1, 6), (1, 3))), ((2, 6, 3), ((0, 2), (2, 5), (0, 3))),
-                                       ((5,), ((1, 4),))])
+@pytest.mark.parametrize("view, box", [((6, 4), ((2, 5), (0, 4))), ((6, 4), ((1, 6), (1, 3))), ((5,), ((1, 4),)),
+                                       ((2, 6, 3), ((0, 2), (2, 5), (0, 3)))])
 def test_initial_values_are_a_function_of_the_logical_index(view, box):
     config = ModelConfig(**SHAPE)
     spec = next(s for s in parameter_table(config, LAST).values() if s.init_std)

@@ -1,0 +1,86 @@
+"""`dlm evaluate`, and a model that learns what can be known: the grammar's entropy is its floor."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from dlm_scale import cli
+from dlm_scale.data.loader import ValidationData
+from dlm_scale.data.prepare import prepare
+from tests.engine.test_training import lines, run
+from tests.forked import run_ranks
+
+
+@pytest.fixture(scope="module")
+def trained(config_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained")
+    assert run(config_file, out) == 0
+    return out
+
+
+def evaluated(capfd, *arguments):
+    """The JSON object that `dlm evaluate` prints last."""
+    assert run_ranks(1, cli.main, ["evaluate", *map(str, arguments), "--device=cpu"])[0] == 0
+    return json.loads(capfd.readouterr().out.splitlines()[-1])
+
+
+def test_the_same_number_to_the_last_digit(trained, capfd):
+    first = evaluated(capfd, trained, "--json", "--max_rows=24", "--num_draws=2")
+    assert {"nelbo", "nelbo_se", "nelbo_se_mc", "ppl", "tokens", "bits_per_byte"} <= first.keys()
+    assert first["tokens"] == 24 * 16 and first["weights"] == "ema"
+    assert first == evaluated(capfd, trained, "--json", "--max_rows=24", "--num_draws=2")
+    assert first["nelbo"] != evaluated(capfd, trained, "--max_rows=24", "--num_draws=2", "--seed=1")["nelbo"]
+    assert evaluated(capfd, trained, "--max_rows=24", "--num_draws=2", "--weights=raw")["weights"] == "raw"
+
+
+def test_two_ranks_give_the_number_of_one(trained, capfd):
+    arguments = ["evaluate", str(trained), "--max_rows=40", "--num_draws=2", "--batch_size=16", "--device=cpu"]
+    reports = []
+    for ranks in (1, 2):
+        assert run_ranks(ranks, cli.main, arguments) == [0] * ranks
+        reports.append(json.loads(capfd.readouterr().out.splitlines()[-1]))
+    assert reports[0] == reports[1]
+
+
+def test_the_last_validation_line_of_the_run_is_what_evaluate_says(trained, capfd):
+    report = evaluated(capfd, trained, "--max_rows=8", "--num_draws=2", "--batch_size=4", "--weights=raw")
+    last = [line for line in lines(trained) if "val_nelbo" in line][-1]
+    assert report["nelbo"] == pytest.approx(last["val_nelbo"], abs=1e-6)
+
+
+@pytest.mark.parametrize("bad, words", [
+    (["--num_draws=3"], "num_draws"), (["--batch_size=0"], "batch_size"), (["--weights=emma"], "weights"),
+    (["--data=/nowhere/val"], "/nowhere"), (["--max_row=3"], "did you mean --max_rows"),
+])
+def test_bad_arguments_exit_2_with_one_message(trained, bad, words, capfd):
+    assert run_ranks(1, cli.main, ["evaluate", str(trained), "--device=cpu", *bad])[0] == 2
+    error = capfd.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and words in error[0]
+
+
+def test_data_of_another_tokenizer_is_refused(trained, tmp_path, capfd):
+    prepare("grammar", "byte", tmp_path / "bytes")
+    arguments = ["evaluate", str(trained), f"--data={tmp_path}/bytes/val", "--device=cpu"]
+    assert run_ranks(1, cli.main, arguments)[0] == 2
+    assert "tokenizer" in capfd.readouterr().err
+
+
+def test_a_folder_without_checkpoint_is_refused(tmp_path, capfd):
+    assert run_ranks(1, cli.main, ["evaluate", str(tmp_path)])[0] == 2
+    assert str(tmp_path) in capfd.readouterr().err
+
+
+def test_the_grammar_is_learnt_to_its_entropy(config_file, grammar, tmp_path):
+    """NELBO within 10 % of H_L / L, and never significantly below it."""
+    settings = ("model.seq_len=32", "model.hidden_size=64", "train.global_batch_size=64", "train.micro_batch_size=64",
+                "train.num_steps=220", "train.eval_rows=256", "train.eval_draws=4", "train.ema_decay=0",
+                "train.log_every=50", "train.eval_every=0", "train.save_every=0", "optimizer.name=muon",
+                "optimizer.muon_learning_rate=0.02", "optimizer.warmup_steps=20", "optimizer.beta2=0.98",
+                "optimizer.gradient_clip=1.0", "optimizer.weight_decay=0.0")
+    assert run(config_file, tmp_path, *settings) == 0
+    floor = ValidationData(grammar / "val", 32).floor
+    found = [line for line in lines(tmp_path) if "val_nelbo" in line]
+    assert found[-1]["val_nelbo"] < 1.1 * floor
+    assert all(line["val_nelbo"] > floor - 3 * line["val_nelbo_se"] for line in found)
