@@ -126,7 +126,7 @@ class TrainConfig(Section):
     log_every: Positive = 10
     eval_every: NonNegative = 1000
     eval_rows: Positive = 256
-    eval_draws: Annotated[Positive, Field(multiple_of=2)] = 8  # masks come in complementary pairs
+    eval_draws: Annotated[Positive, Field(multiple_of=2)] = 8  # two independent halves give the error
     save_every: NonNegative = 1000
     keep_last: Positive = 2
     keep_every: NonNegative = 0

@@ -17,7 +17,6 @@ FORMAT_VERSION = 1
 BLOCK_BYTES = 64 << 20
 META_NAME = "meta.json"
 TOKENIZER_DOCUMENT = "tokenizer_meta.json"  # TokenizerMeta.tokenizer_dict() inside a checkpoint
-TOKENIZER_DOCUMENT = "tokenizer_meta.json"  # a checkpoint's file of the TokenizerMeta keys
 
 
 @dataclass(frozen=True)

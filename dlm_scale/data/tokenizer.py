@@ -109,12 +109,6 @@ def load_tokenizer(folder: str | Path, meta: Mapping[str, Any] | TokenizerMeta) 
     raise UsageError(f"{folder}: its {named.kind} tokenizer {list(names)} is not the one that its meta describes")
 
 
-def copy_tokenizer(meta: Mapping[str, Any] | TokenizerMeta, src: str | Path, dst: str | Path) -> list[str]:
-    """Copy the tokenizer's files from one folder to another, checked by their hash; returns their names."""
-    kind = meta.tokenizer.kind if isinstance(meta, TokenizerMeta) else meta["tokenizer"]["kind"]
-    return [] if kind == "none" else load_tokenizer(src, meta).save(dst)
-
-
 def _hash(kind: str, files: Mapping[str, bytes]) -> str:
     """SHA-256 over the kind and its files, in name order."""
     digest = hashlib.sha256(kind.encode())

@@ -13,6 +13,7 @@ from dlm_scale.engine.deepspeed_config import deepspeed_dict, zero_stage
 from dlm_scale.engine.optimizer import AdamW, parameter_groups
 from dlm_scale.engine.runtime import Runtime, import_deepspeed
 from dlm_scale.engine.state_access import StateAccess
+from dlm_scale.errors import UsageError
 from dlm_scale.model.parameters import ParameterSpec, parameter_table
 from dlm_scale.model.transformer import Transformer
 from dlm_scale.parallel.layers import layers_of
@@ -43,6 +44,8 @@ def build_trainer(config: Any, runtime: Runtime, vocabulary: Any) -> Trainer:
         layers = layers_of(runtime.mesh, config.parallel.sequence_parallel)
         model = Transformer(config.model, vocabulary, layers, config.train.activation_checkpoint_every)
     check_against_table(model, table)
+    if config.train.compile:
+        _compile_blocks(model, stage)
     if stage < 3:
         model = model.to(runtime.device)
     groups = parameter_groups(model.named_parameters(), table, config.optimizer)
@@ -61,6 +64,15 @@ def _zero_init(deepspeed: Any, stage: int, ds_config: dict, runtime: Runtime) ->
     return deepspeed.zero.Init(
         data_parallel_group=runtime.mesh.data_group, config_dict_or_path=ds_config, dtype=dtype
     )
+
+
+def _compile_blocks(model: Transformer, stage: int) -> None:
+    """torch.compile, block by block: one graph serves all of them."""
+    if stage == 3:
+        raise UsageError("train.compile=true: DeepSpeed gathers ZeRO-3 weights in hooks that break the graph of every "
+                         "block; use deepspeed.zero_optimization.stage 0 to 2, or train.compile=false")
+    for block in model.blocks:
+        block.compile(dynamic=False)
 
 
 def check_against_table(model: torch.nn.Module, table: dict[str, ParameterSpec]) -> None:

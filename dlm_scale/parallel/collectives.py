@@ -103,10 +103,8 @@ class _SumTailRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        tail = gradient[-ctx.num_rows :].contiguous()
-        dist.all_reduce(tail, group=ctx.group)
-        gradient = gradient.clone()
-        gradient[-ctx.num_rows :] = tail
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # what autograd hands in is not ours to change
+        dist.all_reduce(gradient[-ctx.num_rows :], group=ctx.group)
         return gradient, None, None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import warnings
 from dataclasses import dataclass
@@ -96,15 +95,14 @@ class Case:
                            **MODELS[self.model], **overrides)
 
 
-def run_cases(cases: list[Case], steps: int, context=lambda case: contextlib.nullcontext()) -> dict[Case, Any]:
+def run_cases(cases: list[Case], steps: int) -> dict[Case, Any]:
     """Each case in one process group; all must have one layout. For `run_ranks`; the results are rank 0's."""
     from dlm_scale.engine.runtime import start_runtime
 
     runtime = start_runtime("cpu", cases[0].tensor)
     results = {}
     for case in cases:
-        with context(case):
-            results[case] = run_engine(runtime, case.config(), steps)
+        results[case] = run_engine(runtime, case.config(), steps)
     return results if runtime.is_first else {}
 
 
@@ -163,6 +161,15 @@ def run_engine(runtime, config, steps: int) -> dict[str, Any]:
     return {"lines": lines, "weights": logical_weights(trainer)}
 
 
+def whole_batch(config, data, step: int):
+    """The noised global batch of the step after `step` finished ones."""
+    rows = config.train.global_batch_size
+    index, times = step * rows + np.arange(rows), stratified_times(config.train.seed, step, rows)
+    return corrupt(data.rows(index), index, times, seed=config.train.seed, schedule=SCHEDULES[config.diffusion.schedule],
+                   weighting=WEIGHTINGS[config.diffusion.weighting], mask_id=data.vocabulary.mask_id,
+                   denominator=float(rows * config.model.seq_len))
+
+
 def run_twin(config, steps: int) -> dict[str, Any]:
     """The same run in plain torch: one process, whole batch, torch's AdamW and clip_grad_norm_."""
     data = data_of(config)
@@ -181,12 +188,7 @@ def run_twin(config, steps: int) -> dict[str, Any]:
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(options.beta1, options.beta2), eps=options.eps)
     lines, state = [], TrainState()
     for _ in range(steps):
-        index = state.samples + np.arange(config.train.global_batch_size)
-        times = stratified_times(config.train.seed, state.step, len(index))
-        corrupted = corrupt(data.rows(index), index, times, seed=config.train.seed,
-                            schedule=SCHEDULES[config.diffusion.schedule],
-                            weighting=WEIGHTINGS[config.diffusion.weighting], mask_id=data.vocabulary.mask_id,
-                            denominator=float(len(index) * config.model.seq_len))
+        corrupted = whole_batch(config, data, state.step)
         loss = masked_diffusion(model, corrupted)[0] / corrupted.denominator
         optimizer.zero_grad()
         loss.backward()
@@ -200,7 +202,7 @@ def run_twin(config, steps: int) -> dict[str, Any]:
         alone = SimpleNamespace(data_size=1)
         lines.append({"loss": loss.item(), "grad_norm": norm.item(),
                       "hash": batch_hash([corrupted], alone, torch.device("cpu"))})
-        state = state.advanced(len(index))
+        state = state.advanced(config.train.global_batch_size)
     weights = {n: p.detach()[: table[n].shape[0]].numpy() for n, p in model.named_parameters()}
     return {"lines": lines, "weights": weights}
 
