@@ -35,9 +35,8 @@ setup(
         "tiktoken>=0.7",
         "tokenizers>=0.19",
         "datasets>=3.0",
-        "rich>=13.0",
+        "zstandard>=0.22",
         "matplotlib>=3.8",
-        "psutil>=5.9",
     ],
     extras_require={
         "gpu": ["flash-attn>=2.8"],

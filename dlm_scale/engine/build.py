@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dlm_scale.config import resolve_batch
+from dlm_scale.engine.checks import check_against_table
 from dlm_scale.engine.deepspeed_config import deepspeed_dict, zero_stage
 from dlm_scale.engine.optimizer import AdamW, parameter_groups
 from dlm_scale.engine.runtime import Runtime, import_deepspeed
@@ -43,7 +44,7 @@ def build_trainer(config: Any, runtime: Runtime, vocabulary: Any) -> Trainer:
     with _zero_init(deepspeed, stage, ds_config, runtime):
         layers = layers_of(runtime.mesh, config.parallel.sequence_parallel)
         model = Transformer(config.model, vocabulary, layers, config.train.activation_checkpoint_every)
-    check_against_table(model, table)
+    check_against_table(model, table, runtime.mesh)
     if config.train.compile:
         _compile_blocks(model, stage)
     if stage < 3:
@@ -73,10 +74,3 @@ def _compile_blocks(model: Transformer, stage: int) -> None:
                          "block; use deepspeed.zero_optimization.stage 0 to 2, or train.compile=false")
     for block in model.blocks:
         block.compile(dynamic=False)
-
-
-def check_against_table(model: torch.nn.Module, table: dict[str, ParameterSpec]) -> None:
-    """The modules and the parameter table must name the same parameters, in the same order."""
-    built = [name for name, _ in model.named_parameters()]
-    if built != list(table):
-        raise RuntimeError(f"parameter table and modules disagree: {set(built) ^ set(table) or 'order'}")

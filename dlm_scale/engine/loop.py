@@ -13,6 +13,7 @@ import torch
 
 from dlm_scale.engine.batch_hash import batch_hash
 from dlm_scale.engine.build import Trainer
+from dlm_scale.engine.checks import check_same_batch
 from dlm_scale.engine.evaluation import evaluate
 from dlm_scale.engine.optimizer import rate_factor
 from dlm_scale.engine.saving import save
@@ -41,6 +42,7 @@ def train_loop(trainer: Trainer, data: Any, validation: Any, state: TrainState, 
         record(evaluation_record(trainer, validation, state))
     with ThreadPoolExecutor(1) as ahead:
         upcoming = ahead.submit(make_batch, trainer, data, state)
+        check_same_batch(upcoming.result(), trainer.runtime.mesh, trainer.runtime.device)
         while state.step < last_step and not stop.agreed(trainer.runtime.device):
             batch = upcoming.result()
             following = state.advanced(train.global_batch_size)

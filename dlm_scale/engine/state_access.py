@@ -110,7 +110,7 @@ class StateAccess:
 
     def boxes(self, name: str) -> list[LocalBox]:
         """What this rank's tensor-parallel shard of a parameter is made of."""
-        rows = _local_shape(self._parameters[name])[0]
+        rows = local_shape(self._parameters[name])[0]
         return local_boxes(self.table[name], self.mesh.tensor_rank, self.mesh.tensor_size, rows)
 
     @cached_property
@@ -173,7 +173,8 @@ class StateAccess:
             offset += high - low
 
 
-def _local_shape(parameter: torch.Tensor) -> tuple[int, ...]:
+def local_shape(parameter: torch.Tensor) -> tuple[int, ...]:
+    """The shape of the tensor-parallel shard; under ZeRO-3 it is spread over the data-parallel ranks."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 

@@ -67,6 +67,7 @@ MODELS = {  # names of model variants: what they change
     "mqa": {"model__num_kv_heads": 1},
     "gelu": {"model__mlp": "gelu"},
     "adaln": {"model__tied": True, "model__time_conditioning": "adaln"},
+    "chars": {"data__synthetic_vocab_size": 37},  # all ranks but the first hold padding alone
     "recompute": {"train__activation_checkpoint_every": 1},
 }
 
@@ -150,15 +151,20 @@ def run_engine(runtime, config, steps: int) -> dict[str, Any]:
     """Train `steps` steps from the seed (noisy weights); losses, norms, hashes of each step and the final weights."""
     data = data_of(config)
     trainer = build_trainer(config, runtime, data.vocabulary)
-    state = start_noisy(trainer)
-    lines = []
+    lines, _ = train_lines(trainer, data, start_noisy(trainer), steps)
+    return {"lines": lines, "weights": logical_weights(trainer)}
+
+
+def train_lines(trainer, data, state: TrainState, steps: int) -> tuple[list[dict[str, Any]], TrainState]:
+    """Loss, norm and batch hash of each of `steps` steps after `state`, and the state after them."""
+    runtime, lines = trainer.runtime, []
     for _ in range(steps):
         batch = make_batch(trainer, data, state)
         result = train_step(trainer, batch, state)
         lines.append({"loss": reduce_sums(trainer, result["sums"])["loss"], "grad_norm": float(result["grad_norm"]),
                       "hash": batch_hash(batch, runtime.mesh, runtime.device)})
-        state = state.advanced(config.train.global_batch_size)
-    return {"lines": lines, "weights": logical_weights(trainer)}
+        state = state.advanced(trainer.config.train.global_batch_size)
+    return lines, state
 
 
 def whole_batch(config, data, step: int):

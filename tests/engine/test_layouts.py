@@ -33,6 +33,7 @@ WORLDS = {
     "TP2xDP2": covering(2, 2, 1),
     "TP4xDP1": [
         Case(0, 4, 1, 1, False, "gqa"),
+        Case(1, 4, 1, 1, False, "chars"),
         Case(1, 4, 1, 2, True, "adaln"),
         Case(2, 4, 1, 1, True, "gelu"),
         Case(3, 4, 1, 1, True, "mqa"),
