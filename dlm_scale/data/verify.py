@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dlm_scale.data.indexed import FLUSH_TOKENS
-from dlm_scale.data.loader import open_split, refuse_id
+from dlm_scale.data.loader import check_ids, open_split
 from dlm_scale.data.meta import BLOCK_BYTES
 from dlm_scale.data.prepare import block_hashes
 from dlm_scale.data.tokenizer import load_tokenizer
@@ -27,9 +27,7 @@ def verify(prefix: str) -> str:
     max_id = 0
     for start in range(0, len(data.tokens), FLUSH_TOKENS):
         ids = data.tokens[start : start + FLUSH_TOKENS]
-        bad = meta.vocabulary.first_invalid(ids)
-        if bad is not None:
-            refuse_id(data.bin_path, start + bad, int(ids[bad]), meta.vocabulary)
+        check_ids(data, start, start + len(ids), meta.vocabulary)
         max_id = max(max_id, int(ids.max()))
     if max_id != split.max_id:
         raise UsageError(f"{data.bin_path}: largest id {max_id}, meta.json says {split.max_id}. Prepare it again")

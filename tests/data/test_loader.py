@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from dlm_scale.data import loader
 from dlm_scale.data.indexed import IndexedDataset
 from dlm_scale.data.loader import ValidationData, open_data, open_split, require_same_tokenizer
 from dlm_scale.data.prepare import prepare
@@ -105,7 +106,9 @@ def damage(dataset, offset, token):
 
 
 @pytest.mark.parametrize(("token", "what"), [(256, "the mask"), (257, "not a token"), (65_535, "not a token")])
-def test_a_bad_id_is_named_when_its_row_is_read(dataset, token, what):
+def test_a_bad_id_is_named_when_its_row_is_read(dataset, token, what, monkeypatch):
+    """As in a file too large to be read whole at open."""
+    monkeypatch.setattr(loader, "_scanned_at_open", lambda num_tokens: [])
     damage(dataset, 3 * L + 5, token)
     data = open_data(str(dataset / "train"), L, 1)
     with pytest.raises(UsageError, match=f"train.bin: token {3 * L + 5} is id {token}, {what}"):
@@ -193,3 +196,25 @@ def test_validation_text_and_bytes(dataset, documents):
     assert sum(s.tokens for s in split.values()) == tokens == len(text) + len(documents)  # a separator each
     assert data["val"].bytes_per_token == len(data["val"].text()) / split["val"].tokens
     assert data["val"].floor is None
+
+
+def test_a_foreign_id_anywhere_in_a_small_file_is_refused_at_open(tmp_path):
+    prepare("grammar", "char", tmp_path / "d")
+    path = tmp_path / "d" / "train.bin"
+    for offset in (0, 999_999, 1_999_999):
+        data = np.fromfile(path, dtype=np.uint16)
+        kept, data[offset] = data[offset], 11
+        data.tofile(path)
+        with pytest.raises(UsageError, match=rf"token {offset} is id 11"):
+            open_data(str(tmp_path / "d" / "train"), 16, 1)
+        data[offset] = kept
+        data.tofile(path)
+    open_data(str(tmp_path / "d" / "train"), 16, 1)
+
+
+def test_a_large_file_is_looked_at_in_64_places(monkeypatch):
+    monkeypatch.setattr(loader, "SCANNED_TOKENS", 6400)
+    stretches = list(loader._scanned_at_open(1_000_000))
+    assert len(stretches) == 64 and stretches[0][0] == 0 and stretches[-1][1] == 1_000_000
+    assert all(stop - start == 100 for start, stop in stretches)
+    assert list(loader._scanned_at_open(6400)) == [(0, 6400)]
