@@ -16,8 +16,8 @@ class AdamW(torch.optim.AdamW):
     """torch's fused AdamW whose states exist from the start, plus state `ema` when `ema_decay` > 0.
 
     Groups with `is_muon` are left alone but for their average: engine/muon.py moves them. `gradient_scale`, when set,
-    multiplies the gradients of the next update (clipping by the global norm). The average warms up as
-    min(decay, (1 + n) / (10 + n)) over the updates n.
+    multiplies the gradients of the next update (clipping by the global norm). While `is_skipping`, a step changes
+    nothing but the count of steps. The average warms up as min(decay, (1 + n) / (10 + n)) over the steps n.
     """
 
     def __init__(self, groups: list[dict], options: Any, ema_decay: float = 0.0):
@@ -26,6 +26,7 @@ class AdamW(torch.optim.AdamW):
         self.ema_decay = ema_decay
         self.momentum, self.matrix_weight_decay = options.muon_momentum, options.weight_decay
         self.gradient_scale: torch.Tensor | None = None
+        self.is_skipping = False
 
     def prepare(self, masters: Iterable[tuple[torch.Tensor, dict]], step: int) -> None:
         """(Re)create the state of the tensors to be updated, each given with its group: zero in every slot."""
@@ -41,22 +42,34 @@ class AdamW(torch.optim.AdamW):
         """The tensors that a master has beside its value."""
         return {slot: tensor for slot, tensor in self.state[master].items() if slot != "step"}
 
+    def skip(self) -> None:
+        """Make the coming `step`, which DeepSpeed may call or not, change nothing. The step counts all the same, as it
+        does where a run is resumed."""
+        self.is_skipping = True
+        for state in self.state.values():
+            state["step"] += 1
+
     @torch.no_grad()
     def step(self, closure=None):
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                self._scale_gradient(parameter, group)
+        if self.is_skipping:
+            return None
+        moved = [(p, p.grad) for group in self.param_groups if group.get("is_muon") for p in group["params"]]
+        for parameter, _ in moved:
+            parameter.grad = None
+        self._scale_gradients()
         result = super().step(closure)
+        for parameter, gradient in moved:  # an offloaded gradient is a buffer that DeepSpeed keeps
+            parameter.grad = gradient
         for group in self.param_groups if self.ema_decay else ():
             for parameter in group["params"]:
                 self._average(parameter, group)
         return result
 
-    def _scale_gradient(self, parameter: torch.Tensor, group: dict) -> None:
-        if group.get("is_muon"):
-            parameter.grad = None
-        elif parameter.grad is not None and self.gradient_scale is not None:
-            parameter.grad.mul_(self.gradient_scale.to(parameter.grad))
+    def _scale_gradients(self) -> None:
+        for group in self.param_groups if self.gradient_scale is not None else ():
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(self.gradient_scale.to(parameter.grad))
 
     def _average(self, parameter: torch.Tensor, group: dict) -> None:
         state = self.state[parameter]
