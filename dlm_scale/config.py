@@ -94,12 +94,30 @@ def _sources(value: Any) -> Any:
     return tuple({"path": item} if isinstance(item, str) else item for item in value)
 
 
+def _sample_ranges(value: Any) -> Any:
+    """One range [a, b], or a list of them."""
+    if not isinstance(value, list | tuple):
+        return value
+    is_one = any(isinstance(item, int) for item in value)
+    return tuple(tuple(item) if isinstance(item, list) else item for item in ([value] if is_one else value))
+
+
+def _ascending(ranges: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+    bounds = [bound for item in ranges for bound in item]
+    if any(start >= stop for start, stop in ranges) or bounds != sorted(bounds):
+        raise ValueError("a range of samples [a, b) needs a < b, and several stand in ascending order and apart")
+    return ranges
+
+
 class DataConfig(Section):
     """What is read. The tokenizer, the vocabulary and the mask id belong to the dataset's meta.json alone."""
 
     train: Annotated[tuple[Source, ...], BeforeValidator(_sources), Field(min_length=1)]
     validation: Text | None = None
     synthetic_vocab_size: Annotated[int, Field(ge=2, lt=2**31)] | None = None
+    skip_samples: Annotated[
+        tuple[tuple[NonNegative, NonNegative], ...], BeforeValidator(_sample_ranges), AfterValidator(_ascending)
+    ] = ()
 
     @property
     def is_synthetic(self) -> bool:
@@ -130,12 +148,16 @@ class TrainConfig(Section):
     save_every: NonNegative = 1000
     keep_last: Positive = 2
     keep_every: NonNegative = 0
+    async_save: bool = True  # write checkpoints behind training, from a copy in host memory
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 1
     out: Text
     resume: Literal["auto", "must", "never"] = "auto"
+    branch_from: Text | None = None  # start a new folder from this checkpoint's full state
     stop_at_step: Positive | None = None
     ema_decay: BelowOne = 0.0  # 0 = off
     compile: bool = False
+    max_bad_steps: Positive = 3  # in a row, with a loss or gradient that is not finite: then the run ends
+    hang_timeout_seconds: PositiveFloat = 1800.0
     wandb: Literal["off", "online", "offline"] = "off"
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
@@ -374,11 +396,12 @@ def dump_config(config: Config) -> str:
 RESULT_NEUTRAL = (
     "parallel",
     "deepspeed",
-    "data",  # compared by content, wherever it lies
+    *("data." + key for key in "train validation synthetic_vocab_size".split()),  # compared by content
     *(
         "train." + key
         for key in "micro_batch_size activation_checkpoint_every log_every eval_every eval_rows eval_draws save_every "
-        "keep_last keep_every out resume stop_at_step compile wandb device".split()
+        "keep_last keep_every async_save out resume branch_from stop_at_step compile max_bad_steps "
+        "hang_timeout_seconds wandb device".split()
     ),
 )
 

@@ -1,15 +1,40 @@
 """The one choice point per op: which implementation runs, and why.
 
 Shapes: B rows, L positions, H heads, G key/value heads, E head width; N selected rows, D width, V local vocabulary.
+
+On a CPU the torch references run. On a GPU a backend that is not torch's own must first agree with the reference on a
+small case, once per process; one that fails is passed over, and `chosen_backends` says why. A backend that is asked
+for by name (argument `backend`, or the variables DLM_ATTENTION and DLM_KERNELS) runs, or is an error.
 """
 
 from __future__ import annotations
 
+import importlib
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+
+from dlm_scale.errors import UsageError
+from dlm_scale.kernels.linear_cross_entropy import (
+    CrossEntropy,
+    LossTerms,
+    Scores,
+    linear_cross_entropy_ref,
+    linear_scores_ref,
+)
+from dlm_scale.kernels.masking import Masked, Noise, mask_tokens_ref
+
+REQUESTED_ATTENTION = os.environ.get("DLM_ATTENTION", "auto")
+REQUESTED_KERNELS = os.environ.get("DLM_KERNELS", "auto")
+
+
+class BackendError(UsageError, ValueError):
+    """A backend that was asked for by name cannot run here: what is missing, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +85,16 @@ def allowed_BLL(mask: AttentionMask, num_rows: int, length: int, device: torch.d
     return (block[:, None] >= block[None, :])[None]
 
 
-def attention(q_BLHE: torch.Tensor, k_BLGE: torch.Tensor, v_BLGE: torch.Tensor, mask: AttentionMask) -> torch.Tensor:
-    """Softmax attention [B,L,H,E] by torch's scaled_dot_product_attention; G divides H (grouped queries)."""
+def positions_BL(mask: AttentionMask, num_rows: int, length: int, device: torch.device) -> torch.Tensor:
+    """Position ids [1 or B, L] int64; they restart at each packed document."""
+    position_L = torch.arange(length, device=device)
+    if not isinstance(mask, Segments):
+        return position_L[None]
+    flat_BL = torch.arange(num_rows * length, device=device).view(num_rows, length)
+    return flat_BL - mask.cu_seqlens[mask.ids_BL(num_rows, length)].long()
+
+
+def _sdpa(q_BLHE, k_BLGE, v_BLGE, mask):
     q, k, v = (x.transpose(1, 2) for x in (q_BLHE, k_BLGE, v_BLGE))
     allowed = None if isinstance(mask, Causal) else allowed_BLL(mask, q.shape[0], q.shape[2], q.device)
     out = F.scaled_dot_product_attention(
@@ -75,84 +108,150 @@ def attention(q_BLHE: torch.Tensor, k_BLGE: torch.Tensor, v_BLGE: torch.Tensor, 
     return out.transpose(1, 2)
 
 
-def positions_BL(mask: AttentionMask, num_rows: int, length: int, device: torch.device) -> torch.Tensor:
-    """Position ids [1 or B, L] int64; they restart at each packed document."""
-    position_L = torch.arange(length, device=device)
+def _packed(kernel: Callable, q_BLHE, k_BLGE, v_BLGE, mask: Segments):
+    """Run a kernel over documents [T, heads, E] with bounds; L bounds their lengths without asking the device."""
+    q, k, v = (x.flatten(0, 1) for x in (q_BLHE, k_BLGE, v_BLGE))
+    bounds, longest = mask.cu_seqlens.to(device=q.device, dtype=torch.int32), q_BLHE.shape[1]
+    return kernel(q, k, v, bounds, bounds, longest, longest).view(q_BLHE.shape)
+
+
+def _flash_attn_2(q_BLHE, k_BLGE, v_BLGE, mask):
+    flash_attn = importlib.import_module("flash_attn")
+    options = {"causal": isinstance(mask, Causal), "deterministic": torch.are_deterministic_algorithms_enabled()}
     if not isinstance(mask, Segments):
-        return position_L[None]
-    flat_BL = torch.arange(num_rows * length, device=device).view(num_rows, length)
-    return flat_BL - mask.cu_seqlens[mask.ids_BL(num_rows, length)].long()
+        return flash_attn.flash_attn_func(q_BLHE, k_BLGE, v_BLGE, **options)
+    return _packed(lambda *packed: flash_attn.flash_attn_varlen_func(*packed, **options), q_BLHE, k_BLGE, v_BLGE, mask)
 
 
-CHUNK_BYTES = 32 << 20  # of float32 logits at a time on CPU: they stay in the last-level cache's reach
-GPU_CHUNK_ROWS = 8192
+def _torch_varlen(q_BLHE, k_BLGE, v_BLGE, mask):
+    varlen_attn = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    gqa = q_BLHE.shape[2] != k_BLGE.shape[2]
+    return _packed(lambda *packed: varlen_attn(*packed, window_size=(-1, -1), enable_gqa=gqa), q_BLHE, k_BLGE, v_BLGE,
+                   mask)  # fmt: skip
 
 
-def _chunk_rows(num_columns: int, device: torch.device) -> int:
-    return GPU_CHUNK_ROWS if device.type == "cuda" else max(16, CHUNK_BYTES // (4 * num_columns))
+def _switched(q_BLHE, k_BLGE, v_BLGE, mask):
+    """FlashAttention 3 or 4 under torch's own functions, once activated."""
+    return (_torch_varlen if isinstance(mask, Segments) else _sdpa)(q_BLHE, k_BLGE, v_BLGE, mask)
 
 
-def _chunk_statistics(logits_NV, target_N, vocab_start: int, group):
-    """Log-sum-exp, target logit and best column over the whole (possibly sharded) vocabulary, each [N]."""
-    local_N = target_N - vocab_start
-    inside_N = (local_N >= 0) & (local_N < logits_NV.shape[1])
-    picked_N = logits_NV.gather(1, local_N.clamp(0, logits_NV.shape[1] - 1)[:, None])[:, 0]
-    picked_N = torch.where(inside_N, picked_N, 0.0)
-    best_N = logits_NV.amax(dim=1)
-    if group is None:
-        return torch.logsumexp(logits_NV, dim=1), picked_N, best_N
-    top_N = best_N.clone()
-    dist.all_reduce(top_N, op=dist.ReduceOp.MAX, group=group)
-    sums = torch.stack([(logits_NV - top_N[:, None]).exp().sum(dim=1), picked_N])
-    dist.all_reduce(sums, group=group)
-    return top_N + sums[0].log(), sums[1], top_N
+@dataclass(frozen=True)
+class AttentionBackend:
+    """`module` must be importable; `switch` is torch's name of the implementation to activate, if it is one."""
+
+    run: Callable
+    masks: tuple[type, ...]
+    module: str = "torch"
+    least_capability: tuple[int, int] = (0, 0)
+    switch: str | None = None
+    advice: str = ""
+
+    @property
+    def is_torch_only(self) -> bool:
+        return self.run is _sdpa
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Gradients are made in the forward pass, chunk by chunk, so that no [N,V] tensor outlives its chunk."""
-
-    @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, target_N, weight_N, bias_V, vocab_start, group):
-        num_rows = hidden_ND.shape[0]
-        ce_N = hidden_ND.new_empty(num_rows, dtype=torch.float32)
-        correct_N = torch.empty(num_rows, dtype=torch.bool, device=hidden_ND.device)
-        needs_grad = any(ctx.needs_input_grad[:2])
-        dhidden_ND = torch.empty_like(hidden_ND) if needs_grad else None
-        dweight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_grad else None
-        for start in range(0, num_rows, chunk := _chunk_rows(weight_VD.shape[0], hidden_ND.device)):
-            rows = slice(start, start + chunk)
-            logits_NV = F.linear(hidden_ND[rows], weight_VD).float()
-            if bias_V is not None:
-                logits_NV += bias_V
-            lse_N, picked_N, best_N = _chunk_statistics(logits_NV, target_N[rows], vocab_start, group)
-            ce_N[rows] = lse_N - picked_N
-            correct_N[rows] = picked_N >= best_N
-            if needs_grad:
-                dlogits_NV = _logit_gradient(logits_NV, lse_N, target_N[rows], weight_N[rows], vocab_start)
-                dlogits_NV = dlogits_NV.to(hidden_ND.dtype)
-                dhidden_ND[rows] = dlogits_NV @ weight_VD
-                dweight_VD += (dlogits_NV.t() @ hidden_ND[rows]).float()
-        if needs_grad and group is not None:
-            dist.all_reduce(dhidden_ND, group=group)
-        ctx.save_for_backward(dhidden_ND, dweight_VD)
-        ctx.weight_dtype = weight_VD.dtype
-        ctx.mark_non_differentiable(ce_N, correct_N)
-        return (ce_N * weight_N).sum(), ce_N, correct_N
-
-    @staticmethod
-    def backward(ctx, dloss, _dce, _dcorrect):
-        dhidden_ND, dweight_VD = ctx.saved_tensors
-        return (dhidden_ND * dloss).to(dhidden_ND.dtype), (dweight_VD * dloss).to(ctx.weight_dtype), *[None] * 5
+ATTENTION_BACKENDS = {
+    "sdpa": AttentionBackend(_sdpa, (Full, Causal, Segments, Blocks)),
+    "flash_attn_2": AttentionBackend(
+        _flash_attn_2, (Full, Causal, Segments), "flash_attn", (8, 0), advice="pip install flash-attn"
+    ),
+    "flash_attn_3": AttentionBackend(
+        _switched, (Full, Causal, Segments), "flash_attn_interface", (9, 0), "FA3",
+        "build flash-attention's folder hopper/ for this torch",
+    ),
+    "flash_attn_4": AttentionBackend(
+        _switched, (Full, Causal, Segments), "flash_attn.cute", (9, 0), "FA4", "pip install --pre flash-attn-4"
+    ),
+    "torch_varlen": AttentionBackend(
+        _torch_varlen, (Segments,), "torch.nn.attention.varlen", (8, 0), advice="install torch 2.10 or newer"
+    ),
+}  # fmt: skip
+# flash_attn_4 has no final release yet: only by name. Unmasked sdpa is FlashAttention 2 already.
+AUTO_DENSE = ("flash_attn_3", "sdpa")
+AUTO_PACKED = ("flash_attn_3", "flash_attn_2", "torch_varlen", "sdpa")
 
 
-def _logit_gradient(logits_NV, lse_N, target_N, weight_N, vocab_start):
-    """weight * (softmax - onehot), written over the logits."""
-    grad_NV = logits_NV.sub_(lse_N[:, None]).exp_()
-    local_N = target_N - vocab_start
-    inside_N = ((local_N >= 0) & (local_N < grad_NV.shape[1])).float()
-    column_N1 = local_N.clamp(0, grad_NV.shape[1] - 1)[:, None]
-    grad_NV.scatter_add_(1, column_N1, -inside_N[:, None])
-    return grad_NV.mul_(weight_N[:, None])
+def attention(q_BLHE, k_BLGE, v_BLGE, mask: AttentionMask, backend: str | None = None) -> torch.Tensor:
+    """Softmax attention [B,L,H,E]; G divides H (grouped queries).
+
+    `backend`: a name of ATTENTION_BACKENDS, "auto", or None for what DLM_ATTENTION says. Raises BackendError where a
+    named backend is unknown, absent, or cannot do this device, type or mask.
+    """
+    backend = REQUESTED_ATTENTION if backend is None else backend
+    if backend == "auto" and not q_BLHE.is_cuda:
+        return _sdpa(q_BLHE, k_BLGE, v_BLGE, mask)
+    name = _attention_name(backend, q_BLHE.device.type, q_BLHE.dtype, q_BLHE.shape[-1], type(mask))
+    return ATTENTION_BACKENDS[name].run(q_BLHE, k_BLGE, v_BLGE, mask)
+
+
+@torch.compiler.assume_constant_result
+def _attention_name(*call) -> str:
+    return choose_attention(*call)[0]
+
+
+@lru_cache(maxsize=None)
+def choose_attention(requested: str, device: str, dtype: torch.dtype, head_dim: int, mask: type) -> tuple[str, str]:
+    """(name, why) of the backend for this kind of call. Decided once per process."""
+    if requested not in (*ATTENTION_BACKENDS, "auto"):
+        raise BackendError(f"attention backend {requested!r} is unknown: use auto or one of {list(ATTENTION_BACKENDS)}")
+    if requested != "auto":
+        if obstacle := why_not(requested, device, dtype, head_dim, mask):
+            raise BackendError(f"attention backend {requested!r} cannot run here: {obstacle}; or use auto")
+        return requested, "asked for by name"
+    if device != "cuda":
+        return "sdpa", f"torch's own; on {device} there is no other"
+    passed_over = []
+    for name in AUTO_PACKED if mask is Segments else AUTO_DENSE:
+        obstacle = why_not(name, device, dtype, head_dim, mask)
+        if obstacle is None:
+            return name, "; ".join(passed_over) or "first choice"
+        passed_over.append(f"not {name}: {obstacle}")
+    raise AssertionError("sdpa runs everywhere")
+
+
+def why_not(name: str, device: str, dtype: torch.dtype, head_dim: int, mask: type) -> str | None:
+    """What keeps a backend from running such a call, and what to do; None if nothing does."""
+    backend = ATTENTION_BACKENDS[name]
+    if mask not in backend.masks:
+        return f"it has no mask {mask.__name__}"
+    if backend.is_torch_only:
+        return None
+    if device != "cuda":
+        return f"it needs a CUDA device, and the tensors are on {device}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"it computes in bfloat16 and float16 only, not {str(dtype).removeprefix('torch.')}"
+    if torch.cuda.get_device_capability() < backend.least_capability:
+        return f"it needs compute capability {backend.least_capability}, not {torch.cuda.get_device_capability()}"
+    try:
+        importlib.import_module(backend.module)
+        if backend.switch:
+            importlib.import_module("torch.nn.attention").activate_flash_attention_impl(backend.switch)
+        error = _attention_error(backend, dtype, head_dim, mask)
+    except Exception as failure:  # whatever a foreign package raises: it is not usable, and this says why
+        obstacle = f"{type(failure).__name__}: {failure} ({backend.advice})"
+    else:
+        obstacle = None if error < 2e-2 else f"it differs from the reference by {error:.1e}"
+    if obstacle and backend.switch:
+        importlib.import_module("torch.nn.attention").restore_flash_attention_impl(_raise_warn=False)
+    return obstacle
+
+
+def _attention_error(backend: AttentionBackend, dtype: torch.dtype, head_dim: int, mask: type) -> float:
+    """Largest difference from the float32 reference, output and gradient, on two rows of 96 positions."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v = torch.randn(3, 2, 96, 2, head_dim, device="cuda", generator=generator).to(dtype)
+    value = Segments(torch.tensor([0, 17, 96, 192], dtype=torch.int32, device="cuda")) if mask is Segments else mask()
+    found, wanted = (_with_gradient(run, *x, value) for run, x in ((backend.run, (q, k, v)),
+                                                                  (_sdpa, (q.float(), k.float(), v.float()))))
+    return max((a.float() - b).abs().max().item() for a, b in zip(found, wanted))
+
+
+def _with_gradient(run: Callable, q, k, v, mask) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.enable_grad():
+        q = q.detach().requires_grad_()
+        out = run(q, k, v, mask)
+        return out.detach(), torch.autograd.grad(out.float().square().sum(), q)[0]
 
 
 def linear_cross_entropy(hidden_ND, weight_VD, target_N, weight_N, bias_V=None, vocab_start=0, group=None):
@@ -164,7 +263,73 @@ def linear_cross_entropy(hidden_ND, weight_VD, target_N, weight_N, bias_V=None, 
     Returns (sum of weight*ce, float32 scalar connected to the graph also at N = 0; ce [N] float32, detached;
     is_correct [N] bool).
     """
-    return _LinearCrossEntropy.apply(hidden_ND, weight_VD, target_N, weight_N, bias_V, vocab_start, group)
+    return linear_cross_entropy_outputs(hidden_ND, weight_VD, target_N, weight_N, bias_V, vocab_start, group)[:3]
+
+
+def linear_cross_entropy_outputs(
+    hidden_ND, weight_VD, target_N, weight_N, bias_V=None, vocab_start=0, group=None,
+    terms: LossTerms = LossTerms(), backend: str | None = None,
+) -> CrossEntropy:  # fmt: skip
+    """The same with softcap, z-loss and label smoothing (`terms`), and with the log-sum-exp among the side outputs."""
+    if _kernels(backend, "linear_cross_entropy", hidden_ND) == "reference":
+        run = linear_cross_entropy_ref
+    else:
+        run = _triton("linear_cross_entropy").linear_cross_entropy
+    return run(hidden_ND, weight_VD, target_N, weight_N, bias_V, vocab_start, group, terms)
+
+
+def linear_scores(
+    hidden_ND, weight_VD, picked_id_N, bias_V=None, vocab_start=0, group=None, softcap: float | None = None,
+    backend: str | None = None,
+) -> Scores:  # fmt: skip
+    """Log-sum-exp, best logit and its id, and the logit of picked_id [N], without gradients and without [N,V] logits."""
+    if _kernels(backend, "linear_cross_entropy", hidden_ND) == "reference":
+        run = linear_scores_ref
+    else:
+        run = _triton("linear_cross_entropy").linear_scores
+    return run(hidden_ND, weight_VD, picked_id_N, bias_V, vocab_start, group, softcap)
+
+
+def mask_tokens(x0_BL, sample_index_B, noise: Noise, *, backend: str | None = None, **options) -> Masked:
+    """Mask clean ids where they lie; see kernels/masking.py. The bits are those of diffusion.corruption.corrupt."""
+    if _kernels(backend, "masking", x0_BL) == "reference":
+        return mask_tokens_ref(x0_BL, sample_index_B, noise, **options)
+    return _triton("masking").mask_tokens(x0_BL, sample_index_B, noise, **options)
+
+
+def _triton(op: str):
+    return importlib.import_module(f"dlm_scale.kernels.{op}_triton")
+
+
+def _kernels(backend: str | None, op: str, x: torch.Tensor) -> str:
+    if x.dtype == torch.float64:  # for checking gradients; the kernels add up in float32
+        return "reference"
+    return choose_kernels(op, REQUESTED_KERNELS if backend is None else backend, x.device.type)[0]
+
+
+@lru_cache(maxsize=None)
+def choose_kernels(op: str, requested: str, device: str) -> tuple[str, str]:
+    """("triton" or "reference", why) of an op. Decided once per process. Raises BackendError as attention does."""
+    if requested not in ("auto", "triton", "reference"):
+        raise BackendError(f"kernels {requested!r} are unknown: use auto, triton or reference")
+    if requested == "reference":
+        return requested, "asked for by name"
+    obstacle = _kernel_obstacle(op, device)
+    if obstacle is None:
+        return "triton", "agrees with the reference here"
+    if requested == "triton":
+        raise BackendError(f"the Triton kernel of {op} cannot run here: {obstacle}; or use auto")
+    return "reference", f"not triton: {obstacle}"
+
+
+def _kernel_obstacle(op: str, device: str) -> str | None:
+    if device != "cuda":
+        return f"it needs a CUDA device, and the tensors are on {device}"
+    try:
+        error = _triton(op).self_check(device)
+    except Exception as failure:  # no triton, no compiler, an old driver: the reference runs, and this says why
+        return f"{type(failure).__name__}: {failure} (install the triton that this torch names)"
+    return None if error < 1e-3 else f"it differs from the reference by {error:.1e}"
 
 
 def linear_logits(hidden_ND, weight_VD, bias_V=None, group=None) -> torch.Tensor:
@@ -181,9 +346,18 @@ def linear_logits(hidden_ND, weight_VD, bias_V=None, group=None) -> torch.Tensor
 
 def chosen_backends() -> dict[str, str]:
     """What each op runs here, and why: for `dlm doctor`."""
-    where = "CUDA" if torch.cuda.is_available() else "CPU"
-    return {
-        "attention": f"sdpa: torch.nn.functional.scaled_dot_product_attention on {where}",
-        "linear_cross_entropy": f"reference: chunked torch on {where}, masked rows only, gradients in the forward pass",
-        "masking": "numpy Philox on the host",
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    calls = {
+        "attention": lambda: choose_attention(REQUESTED_ATTENTION, device, dtype, 64, Full),
+        "attention, packed": lambda: choose_attention(REQUESTED_ATTENTION, device, dtype, 64, Segments),
+        "linear_cross_entropy": lambda: choose_kernels("linear_cross_entropy", REQUESTED_KERNELS, device),
     }
+    return {op: _told(choose) for op, choose in calls.items()} | {"masking": "numpy Philox on the host"}
+
+
+def _told(choose: Callable[[], tuple[str, str]]) -> str:
+    try:
+        return "{} ({})".format(*choose())
+    except BackendError as error:
+        return f"none: {error}"

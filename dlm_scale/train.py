@@ -6,6 +6,9 @@ Cheap checks come first: a wrong config, dataset or run folder is refused before
 from __future__ import annotations
 
 import argparse
+import json
+import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,22 +18,42 @@ from dlm_scale.errors import UsageError
 from dlm_scale.parallel.dist_env import dist_env, is_first_rank
 
 
+COLLECTIVES_WAIT_LONGER_SECONDS = 60.0
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="a YAML file, e.g. configs/shakespeare_char_tiny.yaml")
     parser.add_argument("overrides", nargs=argparse.REMAINDER, help="section.key=value ...")
 
 
-def run(args: argparse.Namespace) -> None:
-    """Check everything that is cheap to check, then train."""
+def run(args: argparse.Namespace) -> int:
+    """Check everything that is cheap to check, then train; returns the exit code."""
     from dlm_scale.config import load_config, resolve_batch
+    from dlm_scale.engine.signals import StopRequest
     from dlm_scale.parallel.mesh import check_layout
 
+    signals = StopRequest()
     config, world = load_config(args.config, args.overrides), dist_env().world_size
     check_layout(world, config.parallel.tensor_parallel_size)
     resolve_batch(config, world // config.parallel.tensor_parallel_size)
     data, validation = open_datasets(config)
     checkpoint = find_resume_point(config, data)
-    train(config, data, validation, checkpoint)
+    from dlm_scale.engine.session import RunFailed
+
+    try:
+        train(config, data, validation, checkpoint, signals)
+    except RunFailed as failure:
+        return _leave(failure.code, world)
+    return 0
+
+
+def _leave(code: int, world_size: int) -> int:
+    """End now: what waits for the other ranks when a process ends may wait for ever."""
+    if world_size > 1:
+        logging.shutdown()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def open_datasets(config: Any) -> tuple[Any, Any]:
@@ -47,15 +70,16 @@ def open_datasets(config: Any) -> tuple[Any, Any]:
 
 
 def find_resume_point(config: Any, data: Any) -> Any:
-    """The newest good checkpoint of train.out, checked against this config and data; None to start anew."""
+    """The newest good checkpoint of train.out, or else that of train.branch_from, checked against this config and data;
+    None to start anew."""
     from dlm_scale.checkpoint.folders import find_checkpoint, list_checkpoints
     from dlm_scale.engine.run_folder import prepare_folder
 
     out = Path(config.train.out)
     has_checkpoint = bool(list_checkpoints(out))
-    prepare_folder(out, config.train.resume, has_checkpoint)
+    prepare_folder(out, config.train.resume, has_checkpoint or bool(config.train.branch_from))
     if not has_checkpoint:
-        return None
+        return find_branch_point(config, data) if config.train.branch_from else None
     path, skipped = find_checkpoint(out)
     if is_first_rank():
         for message in skipped:
@@ -64,6 +88,28 @@ def find_resume_point(config: Any, data: Any) -> Any:
 
     checkpoint = open_checkpoint(path, verify=False)  # find_checkpoint has just hashed it
     check_same_run(checkpoint, config, data)
+    return checkpoint
+
+
+def find_branch_point(config: Any, data: Any) -> Any:
+    """The checkpoint that train.branch_from names. Raises UsageError where its state does not fit this config."""
+    from dlm_scale.checkpoint.folders import find_checkpoint
+    from dlm_scale.checkpoint.reader import open_checkpoint
+    from dlm_scale.config import config_difference, config_from_text
+    from dlm_scale.data.meta import TOKENIZER_DOCUMENT
+
+    path, _ = find_checkpoint(Path(config.train.branch_from))
+    checkpoint = open_checkpoint(path, verify=False)  # find_checkpoint has just hashed it
+    old = config_from_text(checkpoint.document("config.yaml").decode(), f"{path}/config.yaml")
+    wrong = [f"{key}: {a} -> {b}" for key, (a, b) in config_difference(old, config).items()
+             if key.startswith("model.") or key == "optimizer.name"]
+    if json.loads(checkpoint.document(TOKENIZER_DOCUMENT)) != json.loads(json.dumps(data.tokenizer_meta.tokenizer_dict())):
+        wrong.append("data.train: another tokenizer")
+    if config.train.num_steps <= checkpoint.step:
+        wrong.append(f"train.num_steps={config.train.num_steps} is not beyond its step {checkpoint.step}")
+    if wrong:
+        raise UsageError(f"train.branch_from={config.train.branch_from}: the state of {path} cannot go on under this "
+                         f"config ({'; '.join(wrong)}): restore these keys, or start a run without train.branch_from")
     return checkpoint
 
 
@@ -81,26 +127,35 @@ def check_same_run(checkpoint: Any, config: Any, data: Any) -> None:
                          "on would mix two runs; restore these keys, or choose another train.out")
 
 
-def train(config: Any, data: Any, validation: Any, checkpoint: Any) -> None:
-    """Join the world, build the engine, run the loop, leave the run folder complete."""
+def train(config: Any, data: Any, validation: Any, checkpoint: Any, signals: Any = None) -> None:
+    """Join the world, build the engine, run the loop, leave the run folder complete.
+
+    Raises UsageError where another job has the folder, and RunFailed, which has been said, for whatever ends the run.
+    """
     from dlm_scale.engine.build import build_trainer
     from dlm_scale.engine.runtime import start_runtime, stop_runtime
     from dlm_scale.engine.saving import restore, start_fresh
     from dlm_scale.engine.session import Session
+    from dlm_scale.engine.signals import StopRequest
 
-    runtime = start_runtime(config.train.device, config.parallel.tensor_parallel_size)
-    session = Session(config, runtime, data)
-    trainer = build_trainer(config, runtime, data.vocabulary)
-    state = restore(trainer, checkpoint) if checkpoint else start_fresh(trainer)
-    session.run(trainer, data, validation, state, checkpoint)
+    # The watchdog, which names the rank that hangs, comes before the time limit of the collectives.
+    timeout = config.train.hang_timeout_seconds + COLLECTIVES_WAIT_LONGER_SECONDS
+    runtime = start_runtime(config.train.device, config.parallel.tensor_parallel_size, timeout)
+    session = Session(config, runtime, data, signals or StopRequest())
+    try:
+        trainer = build_trainer(config, runtime, data.vocabulary)
+        state = restore(trainer, checkpoint) if checkpoint else start_fresh(trainer)
+        session.run(trainer, data, validation, state, checkpoint)
+    except Exception as error:
+        raise session.fail(error) from error
     stop_runtime()
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
     """`dlm train CONFIG overrides`. Raises UsageError."""
     parser = argparse.ArgumentParser(prog="dlm train", description="Train a diffusion language model.")
     add_arguments(parser)
-    run(parser.parse_args(sys.argv[1:] if arguments is None else arguments))
+    return run(parser.parse_args(sys.argv[1:] if arguments is None else arguments))
 
 
 if __name__ == "__main__":

@@ -42,4 +42,4 @@ def _list(problems: dict[Path, list[str]]) -> int:
 
 
 def _num_bytes(path: Path) -> int:
-    return sum(file.lstat().st_size for file in path.iterdir())
+    return sum(file.lstat().st_size for file in path.iterdir()) if path.is_dir() else 0

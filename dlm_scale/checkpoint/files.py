@@ -4,7 +4,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Iterable, Iterator, NamedTuple
 
@@ -45,6 +45,15 @@ def fsync_folder(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def fsync_folders_above(path: Path) -> None:
+    """Make the names on the way to `path` durable: its folder must agree, those further up may refuse (not ours)."""
+    first, *others = path.resolve().parents
+    fsync_folder(first)
+    for folder in others:
+        with suppress(OSError):
+            fsync_folder(folder)
 
 
 @contextmanager

@@ -21,6 +21,20 @@ from dlm_scale.errors import UsageError
 __all__ = ["Checkpoint", "find_checkpoint", "list_checkpoints", "open_checkpoint", "weights_hash"]
 
 
+COUNTS = frozenset({"step", "samples", "tokens"})
+
+
+class State(dict):
+    """The keys of state.json; asking for one that is not there raises UsageError."""
+
+    def __init__(self, values: dict[str, Any], where: str):
+        super().__init__(values)
+        self.where = where
+
+    def __missing__(self, key: str) -> Any:
+        raise UsageError(f"{self.where}: {key} is missing: take another checkpoint")
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """An open checkpoint folder. `tensors` maps (name, slot) to what is stored."""
@@ -35,17 +49,34 @@ class Checkpoint:
         return self.manifest.step
 
     @property
-    def state(self) -> Any:
-        """The parsed state.json."""
-        return load_json(self.document("state.json"), f"{self.path}/state.json")
+    def state(self) -> State:
+        """The parsed state.json. Raises UsageError, also where a key that is asked for is not in it."""
+        where = f"{self.path}/state.json"
+        value = load_json(self.document("state.json"), where)
+        if not isinstance(value, dict):
+            raise UsageError(f"{where}: not a JSON object")
+        for key in COUNTS & value.keys():
+            if type(value[key]) is not int or not 0 <= value[key] < 1 << 63:
+                raise UsageError(f"{where}: {key} is {str(value[key])[:60]!r}, not a count")
+        if value.get("step", self.step) != self.step:
+            raise UsageError(f"{where}: step {value['step']}, but the manifest is of step {self.step}")
+        return State(value, where)
 
     def document(self, name: str) -> bytes:
-        """A file that was saved beside the tensors. Raises UsageError when it is absent or damaged."""
+        """A file that was saved beside the tensors; one named .json or .yaml is sound JSON, or UTF-8 text.
+
+        Raises UsageError when it is absent, damaged or neither of these.
+        """
         if name not in self.manifest.files:
             raise UsageError(f"checkpoint {self.path} holds no {name}, only {', '.join(sorted(self.manifest.files))}")
         with open_regular(self.path / name) as fd:
             check_record(fd, self.manifest.files[name], name, with_hash=True)
-            return bytes(read_at(fd, 0, self.manifest.files[name].size, name))
+            data = bytes(read_at(fd, 0, self.manifest.files[name].size, name))
+        if name.endswith(".json"):
+            load_json(data, f"{self.path}/{name}")
+        elif name.endswith(".yaml"):
+            _check_utf8(data, f"{self.path}/{name}")
+        return data
 
     def read(self, name: str, slot: str = "param", box: Box | None = None, *, dtype: torch.dtype | None = None,
              view: Sequence[int] | None = None) -> torch.Tensor:
@@ -123,6 +154,13 @@ class Checkpoint:
         if entry is None or (entry.dtype, entry.numel) != (stored.dtype, numel):
             raise UsageError(f"{self.path / rank_file_name(rank)} does not hold {key} as the manifest says")
         return entry
+
+
+def _check_utf8(data: bytes, where: str) -> None:
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{where}: not UTF-8 text (byte {error.start}): take another checkpoint") from None
 
 
 def copy_box(fd: int, offset: int, outer: Box, box: Box, dtype: str, target: torch.Tensor) -> None:

@@ -20,8 +20,9 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Mapping
 
-from dlm_scale.checkpoint.files import FileRecord, fsync_folder, write_file
-from dlm_scale.checkpoint.folders import checkpoint_name, checkpoints_folder, clean_leftovers, prune, replace_folder
+from dlm_scale.checkpoint.files import FileRecord, fsync_folder, fsync_folders_above, write_file
+from dlm_scale.checkpoint.folders import (checkpoint_name, checkpoints_folder, clean_leftovers, list_checkpoints, prune,
+                                          replace_folder)
 from dlm_scale.checkpoint.layout import DTYPES, Piece, PieceSpec, assign_owners, piece_spec
 from dlm_scale.checkpoint.manifest import (FILE_NAME, MANIFEST_NAME, decode_tensors, describe_tensors, encode_manifest,
                                            rank_file_name)
@@ -143,9 +144,9 @@ def _prepare(save: Save, plan: SavePlan) -> tuple[Path, list[dict]]:
     tensors = describe_tensors(plan.owners)
     decode_tensors(tensors, save.world_size)
     folder = save.final.parent
-    if not folder.is_dir():
-        folder.mkdir(parents=True)
-        fsync_folder(folder.parent)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not list_checkpoints(save.root):  # whoever made the folders may not have waited for the disk
+        fsync_folders_above(folder)
     clean_leftovers(folder)
     needed = FREE_SPACE_FACTOR * (sum(spec.num_bytes for spec in plan.owners) + sum(map(len, save.documents.values())))
     free = shutil.disk_usage(folder).free

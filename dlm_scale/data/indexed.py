@@ -12,6 +12,7 @@ from typing import IO, NoReturn
 
 import numpy as np
 
+from dlm_scale.data.files import open_regular
 from dlm_scale.errors import UsageError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -131,8 +132,9 @@ def _read_header(index: np.ndarray, path: str) -> tuple[np.dtype, int]:
 
 def _map(path: str) -> np.ndarray:
     try:
-        # np.asarray: slicing an np.memmap costs half of the reading time
-        return np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
+        with open_regular(path) as file:
+            # np.asarray: slicing an np.memmap costs half of the reading time
+            return np.asarray(np.memmap(file, dtype=np.uint8, mode="r"))
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror or error}. Is the prefix right (the path without .bin)?") from error
     except ValueError:

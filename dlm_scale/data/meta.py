@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from dlm_scale.data.files import parse_json, read_regular
 from dlm_scale.data.indexed import token_dtype
 from dlm_scale.data.vocabulary import Vocabulary
 from dlm_scale.errors import UsageError
@@ -102,11 +103,10 @@ def load_meta(prefix: str | Path) -> tuple[DatasetMeta, str]:
 def read_meta(path: Path) -> DatasetMeta:
     """Read and check one meta.json."""
     try:
-        raw = json.loads(path.read_bytes())
+        content = read_regular(path)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}. A dataset is what `dlm prepare ... --out DIR` writes") from error
-    except ValueError as error:
-        raise UsageError(f"{path} is not JSON ({error}). Prepare the dataset again") from error
+    raw = parse_json(content, str(path), "is not JSON", ". Prepare the dataset again")
     if isinstance(raw, dict) and raw.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
         raise UsageError(f"{path}: format_version {raw['format_version']} is not {FORMAT_VERSION}: prepare it again")
     meta = parse(DatasetMeta, raw, str(path))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,12 @@ from typing import Any
 import xxhash
 
 from dlm_scale.data.corpora import Document, Source, grammar_source, stdlib_source
+from dlm_scale.data.files import parse_json, read_regular
 from dlm_scale.data.optional import import_optional
 from dlm_scale.errors import UsageError
+
+MAX_LINE_BYTES = 256 << 20
+ZST_CHUNK_BYTES = 2048  # at most 64 MB come out of so little: 4 bytes can stand for a block of 128 KB
 
 BUILT_IN: dict[str, Callable[[], Source]] = {"stdlib": stdlib_source, "grammar": grammar_source}
 
@@ -63,7 +66,7 @@ def _reader(path: Path) -> Callable[[Path, str], Iterator[str]]:
 
 
 def _read_text(path: Path, text_key: str) -> Iterator[str]:
-    raw = path.read_bytes()
+    raw = read_regular(path)
     try:
         yield raw.decode()
     except UnicodeDecodeError as error:
@@ -72,7 +75,7 @@ def _read_text(path: Path, text_key: str) -> Iterator[str]:
 
 def _read_jsonl(path: Path, text_key: str) -> Iterator[str]:
     with open(path, "rb") as file:
-        yield from _json_lines(file, path, text_key)
+        yield from _json_lines(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), path, text_key)
 
 
 def _read_jsonl_zst(path: Path, text_key: str) -> Iterator[str]:
@@ -83,28 +86,32 @@ def _read_jsonl_zst(path: Path, text_key: str) -> Iterator[str]:
         raise UsageError(f"{path} is not a Zstandard file: {error}") from error
 
 
-def _zst_lines(path: Path, decompressor: Any) -> Iterator[bytes]:
+def _zst_lines(path: Path, decompressor: Any) -> Iterator[bytearray]:
     """Lines of a file of one or more frames; the library's own reader takes a file cut short for a whole one."""
-    frame, rest, is_inside = decompressor.decompressobj(), b"", False
+    frame, line, is_inside = decompressor.decompressobj(), bytearray(), False
     with open(path, "rb") as file:
-        for chunk in iter(lambda: file.read(1 << 20), b""):
+        for chunk in iter(lambda: file.read(ZST_CHUNK_BYTES), b""):
             while chunk:
-                *lines, rest = (rest + frame.decompress(chunk)).split(b"\n")
-                yield from lines
+                first, *more = frame.decompress(chunk).split(b"\n")
+                line += first
+                for following in more:
+                    yield line
+                    line = bytearray(following)
+                if len(line) > MAX_LINE_BYTES:
+                    yield line  # to be refused
                 is_inside, chunk = not frame.eof, frame.unused_data
                 frame = frame if is_inside else decompressor.decompressobj()
     if is_inside:
         raise UsageError(f"{path} is cut short: its last Zstandard frame has no end. Copy it again")
-    yield rest
+    yield line
 
 
-def _json_lines(lines: Iterable[bytes], path: Path, text_key: str) -> Iterator[str]:
+def _json_lines(lines: Iterable[bytes | bytearray], path: Path, text_key: str) -> Iterator[str]:
     for number, line in enumerate(lines, 1):
+        if len(line) > MAX_LINE_BYTES:
+            raise UsageError(f"{path}:{number}: a line of more than {MAX_LINE_BYTES >> 20} MiB. Cut the document up")
         if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UsageError(f"{path}:{number}: not a line of JSON ({error})") from error
+            row = parse_json(line, f"{path}:{number}:", "not a line of JSON")
             yield _text_of(row, text_key, f"{path}:{number}")
 
 
@@ -128,10 +135,12 @@ def _hub_source(spec: str, text_key: str) -> Source:
     def documents() -> Iterator[Document]:
         try:
             rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{spec}: `datasets` cannot open it: {error}") from error
-        for number, row in enumerate(rows):
-            yield Document(_text_of(row, text_key, f"{spec} row {number}"))
+            for number, row in enumerate(rows):
+                yield Document(_text_of(row, text_key, f"{spec} row {number}"))
+        except UsageError:
+            raise
+        except Exception as error:  # whatever its many readers raise for files that they do not like
+            raise UsageError(f"{spec}: `datasets` cannot open it: {type(error).__name__}: {error}") from error
 
     return Source(documents, {"name": spec})
 

@@ -9,13 +9,15 @@ import base64
 import difflib
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dlm_scale.data.files import parse_json, read_regular
 from dlm_scale.data.meta import TokenizerFiles, TokenizerMeta, parse
 from dlm_scale.data.optional import import_optional
 from dlm_scale.data.vocabulary import Vocabulary
@@ -26,6 +28,7 @@ GPT2_RANKS = 50256
 GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 GPT2_FILE, CHAR_FILE, HF_FILE = "gpt2.tiktoken", "characters.json", "tokenizer.json"
 MASK_TOKENS = ("<|mdm_mask|>", "<|mask|>", "[MASK]", "<mask>", "<MASK>")
+MAX_UNUSED_IDS = 1 << 16
 EOS_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "[SEP]")
 
 
@@ -94,7 +97,8 @@ def load_tokenizer(folder: str | Path, meta: Mapping[str, Any] | TokenizerMeta) 
     meta: a dataset's meta, or (a superset of) its `tokenizer_dict()`. Raises UsageError where files and meta disagree.
     """
     if not isinstance(meta, TokenizerMeta):
-        known = {k: meta[k] for k in TokenizerMeta.__dataclass_fields__ if k in meta}
+        is_object = isinstance(meta, Mapping)
+        known = {k: meta[k] for k in TokenizerMeta.__dataclass_fields__ if k in meta} if is_object else meta
         meta = parse(TokenizerMeta, known, f"{folder}: tokenizer meta")
     named = meta.tokenizer
     if named.kind not in KINDS:
@@ -119,7 +123,7 @@ def _hash(kind: str, files: Mapping[str, bytes]) -> str:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_regular(path)
     except OSError as error:
         raise UsageError(f"tokenizer file {path}: {error.strerror}") from error
 
@@ -148,7 +152,7 @@ def _byte(files: Mapping[str, bytes]) -> Tokenizer:
 
 def _char(files: Mapping[str, bytes]) -> Tokenizer:
     """The characters of a text in code point order, then the mask."""
-    characters = parse(str, json.loads(files[CHAR_FILE]), CHAR_FILE)
+    characters = parse(str, parse_json(files[CHAR_FILE], CHAR_FILE, "is not JSON"), CHAR_FILE)
     if not characters:
         raise UsageError("the char tokenizer found no characters: the source holds no text")
     if list(characters) != sorted(set(characters)):
@@ -211,28 +215,42 @@ def _gpt2_ranks() -> bytes:
 def _hf(files: Mapping[str, bytes]) -> Tokenizer:
     """A Hugging Face tokenizer.json; a mask or separator that it lacks is added behind its last id."""
     tokenizers = import_optional("tokenizers", HF_FILE)
-    try:
+    with _said_by_library():
         bpe = tokenizers.Tokenizer.from_str(files[HF_FILE].decode())
-    except Exception as error:  # the library raises bare Exception
-        raise UsageError(f"{HF_FILE} is not a tokenizer that the `tokenizers` library reads: {error}") from error
     bpe.no_truncation()
     bpe.no_padding()
     bpe.encode_special_tokens = True
-    eos_id, mask_id = (_special_id(bpe, tokenizers, names) for names in (EOS_TOKENS, MASK_TOKENS))
+    with _said_by_library():
+        eos_id, mask_id = (_special_id(bpe, tokenizers, names) for names in (EOS_TOKENS, MASK_TOKENS))
     ids = set(bpe.get_vocab().values())
     if len(ids) != len(bpe.get_vocab()):
         raise UsageError(f"{HF_FILE}: two of its tokens share an id; it has no room for a mask or separator token")
     size = max(ids) + 1
+    if size - len(ids) > MAX_UNUSED_IDS:
+        raise UsageError(f"{HF_FILE}: {len(ids)} tokens with ids up to {size - 1}: number them without such gaps")
     gaps = tuple(i for i in range(size) if i not in ids)
     mask_token = bpe.id_to_token(mask_id)
 
     def decode(ids: np.ndarray, mask_char: str) -> str:
-        return bpe.decode(ids.tolist(), skip_special_tokens=False).replace(mask_token, mask_char)
+        with _said_by_library():
+            return bpe.decode(ids.tolist(), skip_special_tokens=False).replace(mask_token, mask_char)
 
     def encode(text: str) -> np.ndarray:
-        return np.array(bpe.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+        with _said_by_library():
+            return np.array(bpe.encode(text, add_special_tokens=False).ids, dtype=np.int64)
 
     return Tokenizer("hf", Vocabulary(size, mask_id, gaps), eos_id, files, encode, decode)
+
+
+@contextmanager
+def _said_by_library() -> Iterator[None]:
+    """What `tokenizers` raises as UsageError: bare Exception, and for a panic of its Rust code not even that."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except BaseException as error:
+        raise UsageError(f"{HF_FILE} is not a tokenizer that the `tokenizers` library can use: {error}") from error
 
 
 def _special_id(bpe: Any, tokenizers: Any, names: tuple[str, ...]) -> int:

@@ -41,8 +41,8 @@ def build_trainer(config: Any, runtime: Runtime, vocabulary: Any) -> Trainer:
     stage, ds_config = zero_stage(config), deepspeed_dict(config, accumulation)
     deepspeed = import_deepspeed()
     table = parameter_table(config.model, vocabulary)
+    layers = layers_of(runtime.mesh, config.parallel.sequence_parallel)  # may import megatron: not under zero.Init
     with _zero_init(deepspeed, stage, ds_config, runtime):
-        layers = layers_of(runtime.mesh, config.parallel.sequence_parallel)
         model = Transformer(config.model, vocabulary, layers, config.train.activation_checkpoint_every)
     check_against_table(model, table, runtime.mesh)
     if config.train.compile:

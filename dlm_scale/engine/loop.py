@@ -11,65 +11,78 @@ from typing import Any
 
 import torch
 
+from dlm_scale.engine.async_saving import Saver
 from dlm_scale.engine.batch_hash import batch_hash
 from dlm_scale.engine.build import Trainer
 from dlm_scale.engine.checks import check_same_batch
 from dlm_scale.engine.evaluation import evaluate
+from dlm_scale.engine.health import Health, finite
 from dlm_scale.engine.optimizer import rate_factor
-from dlm_scale.engine.saving import save
-from dlm_scale.engine.signals import StopRequest
+from dlm_scale.engine.signals import Asked, Control
 from dlm_scale.engine.state import TrainState
-from dlm_scale.engine.step import make_batch, reduce_sums, train_step
+from dlm_scale.engine.step import loss_share, make_batch, reduce_sums, train_step
+from dlm_scale.engine.watchdog import Watchdog
 from dlm_scale.model.parameters import flops_per_token, peak_flops
+from dlm_scale.parallel.roll_call import naming_lost_ranks
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the loop ended: `finished`, `stop_at_step` or the name of a signal; and the last checkpoint."""
+    """How the loop ended: `finished`, `stop_at_step`, a signal or `control/stop`; and the last checkpoint."""
 
     state: TrainState
     reason: str
     checkpoint: Path
 
 
-def train_loop(trainer: Trainer, data: Any, validation: Any, state: TrainState, run: Path, documents: dict[str, bytes],
-               record: Callable[[dict], None], stop: StopRequest, fingerprint: str, resumed_from: Path | None) -> Outcome:
+def train_loop(trainer: Trainer, data: Any, validation: Any, state: TrainState, *, record: Callable[[dict], None],
+               control: Control, saver: Saver, watch: Watchdog, health: Health) -> Outcome:
     """Train from `state` to the configured end. `record` takes a line for metrics.jsonl (rank 0 writes it)."""
     train = trainer.config.train
     last_step = min(train.num_steps, train.stop_at_step or train.num_steps)
-    clock, saved_at, saved = Clock(trainer, state), state.step if resumed_from else None, resumed_from
+    clock = Clock(trainer, state)
     if state.step == 0:
-        record(evaluation_record(trainer, validation, state))
-    with ThreadPoolExecutor(1) as ahead:
+        record(evaluation_record(trainer, validation, state, watch))
+    with naming_lost_ranks(trainer.runtime.env), ThreadPoolExecutor(1) as ahead:
         upcoming = ahead.submit(make_batch, trainer, data, state)
         check_same_batch(upcoming.result(), trainer.runtime.mesh, trainer.runtime.device)
-        while state.step < last_step and not stop.agreed(trainer.runtime.device):
+        asked = control.agree()
+        while state.step < last_step and not asked.stop:
+            if asked.save:
+                saver.start(state)
+            watch.enter("data", state.step)
             batch = upcoming.result()
             following = state.advanced(train.global_batch_size)
             upcoming = ahead.submit(make_batch, trainer, data, following)
-            result = train_step(trainer, batch, state)
+            result = train_step(trainer, batch, state, watch.enter)
+            watch.enter("log")
+            health.check_step(result, state)
             if _due(following.step, train.log_every, last_step):
                 record(step_record(trainer, batch, result, state, following, clock))
+                health.check_ranks(watch)
             state = following
             if _due(state.step, train.eval_every, last_step):
                 with clock.paused():
-                    record(evaluation_record(trainer, validation, state))
+                    record(evaluation_record(trainer, validation, state, watch))
             if _due(state.step, train.save_every, last_step):
                 with clock.paused():
-                    saved_at, saved = state.step, save(trainer, state, run, documents, fingerprint)
-    if saved_at != state.step:
-        saved = save(trainer, state, run, documents, fingerprint)
-    return Outcome(state, _reason(state, train, stop), saved)
+                    watch.enter("save", state.step)
+                    saver.start(state)
+            watch.enter("agree", state.step)
+            asked = control.agree(loss_share(trainer, result))
+            health.check_loss(asked.loss, state)
+    watch.enter("save", state.step)
+    return Outcome(state, _reason(state, train, asked), saver.finish(state))
 
 
 def _due(step: int, every: int, last_step: int) -> bool:
     return step == last_step or bool(every) and step % every == 0
 
 
-def _reason(state: TrainState, train: Any, stop: StopRequest) -> str:
+def _reason(state: TrainState, train: Any, asked: Asked) -> str:
     if state.step >= train.num_steps:
         return "finished"
-    return "stop_at_step" if state.step == train.stop_at_step else stop.received or "signal on another rank"
+    return "stop_at_step" if state.step == train.stop_at_step else asked.stop
 
 
 class Clock:
@@ -102,27 +115,30 @@ class Clock:
 
 
 def step_record(trainer, batch, result, state: TrainState, following: TrainState, clock: Clock) -> dict[str, Any]:
-    """The line of a logged step. Collective: statistics and hashes are gathered over the data-parallel ranks."""
-    means, options = reduce_sums(trainer, result["sums"]), trainer.config.optimizer
+    """The line of a logged step; what is not finite is null. Collective: statistics and hashes are gathered over the data-parallel ranks."""
+    means = {name: finite(value) for name, value in reduce_sums(trainer, result["sums"]).items()}
+    options = trainer.config.optimizer
     return {
         "step": following.step,
         "tokens": following.samples * trainer.config.model.seq_len,
         **means,
         "learning_rate": options.learning_rate * rate_factor(state.step, trainer.config.train.num_steps, options),
-        "grad_norm": float(result["grad_norm"]),
+        "grad_norm": finite(float(result["grad_norm"])),
         **clock.look(following.samples),
         "batch_hash": batch_hash(batch, trainer.runtime.mesh, trainer.runtime.device),
     }
 
 
-def evaluation_record(trainer: Trainer, validation: Any, state: TrainState) -> dict[str, Any]:
+def evaluation_record(trainer: Trainer, validation: Any, state: TrainState, watch: Watchdog) -> dict[str, Any]:
     """The line of an evaluation; without a validation set it says so. Collective."""
+    watch.enter("evaluate", state.step)
     line = {"step": state.step, "tokens": state.samples * trainer.config.model.seq_len}
     if validation is None:
         return line | {"val_nelbo": None, "val_nelbo_se": None}
     train = trainer.config.train
     estimate = evaluate(trainer.engine, validation, trainer.vocabulary.mask_id, train.micro_batch_size,
-                        train.eval_draws, trainer.runtime.mesh, trainer.runtime.device)
+                        train.eval_draws, trainer.runtime.mesh, trainer.runtime.device,
+                        on_batch=lambda _: watch.enter("evaluate"))
     return line | {
         "val_nelbo": estimate.nelbo,
         "val_nelbo_se": estimate.nelbo_se,

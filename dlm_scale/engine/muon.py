@@ -1,11 +1,12 @@
 """Muon (Jordan et al., 2024): each hidden matrix moves along the orthogonal factor of its momentum.
 
-    b <- lerp(b, g, 1 - mu);  u = lerp(g, b, mu)  (Nesterov);  W <- W - lr (sqrt(max(1, rows/cols)) NS(u) + wd W)
+    b <- lerp(b, g, 1 - mu);  u = lerp(g, b, mu)  (Nesterov);  W <- W - lr (O(u) + wd W)
+    O(u) = sqrt(max(1, rows/cols)) NS(u), for each of the matrices that are fused into one (Q, K, V; gate, up)
 
 g is the gradient after clipping by the global norm. NS needs the whole matrix, of which a rank may hold a tensor-
 parallel slice of a ZeRO part: the parts are summed onto one owner (exactly: each element comes from one rank), the owner
 orthogonalises, all take their own part of the result. So the update is the same at every layout. The momentum is an
-optimizer slot and stays sharded. Fused QKV and gate/up are orthogonalised as they are stored.
+optimizer slot and stays sharded.
 """
 
 from __future__ import annotations
@@ -40,6 +41,23 @@ def newton_schulz(matrix: torch.Tensor) -> torch.Tensor:
     return (x.t() if is_tall else x).to(matrix.dtype)
 
 
+def orthogonalised(matrix: torch.Tensor, spec: ParameterSpec) -> torch.Tensor:
+    """O(u) of a whole logical matrix, its fused parts one by one (better than as one matrix: docs/LOG.md, 11)."""
+    out = torch.empty_like(matrix)
+    for source, target in zip(_fused_parts(matrix.view(spec.view), spec), _fused_parts(out.view(spec.view), spec)):
+        rows = source.reshape(-1, matrix.shape[-1])
+        scale = math.sqrt(max(1.0, rows.shape[0] / rows.shape[1]))
+        target.copy_((scale * newton_schulz(rows)).view(source.shape))
+    return out
+
+
+def _fused_parts(view: torch.Tensor, spec: ParameterSpec) -> list[torch.Tensor]:
+    """Views of the matrices that a parameter is made of: Q, K and V; gate and up; or the matrix itself."""
+    if spec.is_grouped:  # key/value heads, each with its queries, its key, its value
+        return [view[:, :-2], view[:, -2], view[:, -1]]
+    return list(view.unbind(0)) if view.dim() == 3 else [view]
+
+
 @torch.no_grad()
 def muon_update(trainer: Trainer, rate: float) -> None:
     """Move all matrices that Muon owns. Call between `clip_by_global_norm` and the engine's step. Collective."""
@@ -52,7 +70,7 @@ def muon_update(trainer: Trainer, rate: float) -> None:
         wholes = [_gather(trainer, name, i, held.get(name), gradients.get(name), optimizer) for i, name in enumerate(batch)]
         if trainer.runtime.env.rank < len(batch):
             mine = wholes[trainer.runtime.env.rank]
-            mine.copy_(newton_schulz(mine))
+            mine.copy_(orthogonalised(mine, trainer.table[batch[trainer.runtime.env.rank]]))
         for owner, (name, whole) in enumerate(zip(batch, wholes)):
             if world > 1:
                 dist.broadcast(whole, src=owner)
@@ -83,14 +101,13 @@ def _nesterov(momentum: torch.Tensor, gradient: torch.Tensor, optimizer: Any) ->
 
 
 def _apply(trainer: Trainer, fragment: Fragment, whole: torch.Tensor, rate: float, weight_decay: float) -> None:
-    """weights <- (1 - lr wd) weights - lr scale O, on the part that this rank owns."""
+    """weights <- (1 - lr wd) weights - lr O, on the part that this rank owns."""
     spec, weights = trainer.table[fragment.name], fragment.slots["param"]
-    step_size = rate * math.sqrt(max(1.0, spec.shape[0] / spec.shape[1]))
     weights.mul_(1 - rate * weight_decay)
     done = 0
     boxes = trainer.state_access.boxes(fragment.name)
     for item, low, high in split_range(boxes, fragment.start, fragment.start + weights.numel()):
-        weights[done : done + high - low].sub_(_take(whole, spec, item.box, low, high), alpha=step_size)
+        weights[done : done + high - low].sub_(_take(whole, spec, item.box, low, high), alpha=rate)
         done += high - low
 
 

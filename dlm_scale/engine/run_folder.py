@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def prepare_folder(out: Path, resume: str, has_checkpoint: bool) -> None:
     if resume == "must" and not has_checkpoint:
         raise UsageError(f"train.out={out}: no good checkpoint to resume from and train.resume=must; "
                          "check the path, or use train.resume=auto to start anew")
-    for folder in ("checkpoints", "logs", "plots"):
+    for folder in ("checkpoints", "control", "logs", "plots"):
         (out / folder).mkdir(parents=True, exist_ok=True)
 
 
@@ -78,18 +79,50 @@ def open_log(out: Path, rank: int) -> logging.Logger:
 
 
 class Metrics:
-    """metrics.jsonl: a line a logged step. Opening it for a resumed run drops the lines after the resumed step."""
+    """metrics.jsonl: a line a logged step. Opening it for a resumed run drops the lines after the resumed step.
+
+    A line that cannot be written is kept and tried again with the next; that is said once.
+    """
 
     def __init__(self, path: Path, resumed_step: int):
         kept = [line for line in _lines(path) if _step_of(line) <= resumed_step] if resumed_step else []
-        write_atomically(path, "".join(line + "\n" for line in kept).encode())
-        self._file = open(path, "a", buffering=1)
+        text = "".join(line + "\n" for line in kept).encode()
+        write_atomically(path, text)
+        self._path, self._size, self._pending, self._is_failing = path, len(text), b"", False
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
+        self._pending += json.dumps(record).encode() + b"\n"
+        log = logging.getLogger("dlm_scale")
+        try:
+            self._flush(log)
+        except OSError as error:
+            if not self._is_failing:
+                log.error("METRICS NOT WRITTEN, training goes on: %s; the lines wait in memory", error)
+            self._is_failing = True
+        else:
+            if self._is_failing:
+                log.warning("metrics are written again, with the lines that waited")
+            self._is_failing = False
 
-    def close(self) -> None:
-        self._file.close()
+    def _flush(self, log: logging.Logger) -> None:
+        """All pending lines after the last whole one: a write that failed may have left a part."""
+        fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            size = min(self._size, os.fstat(fd).st_size)
+            if size < self._size:
+                log.error("%s has vanished: its lines so far are lost", self._path)
+            os.ftruncate(fd, size)
+            while self._pending:
+                written = os.pwrite(fd, self._pending, size)
+                size, self._pending = size + written, self._pending[written:]
+                self._size = size
+        finally:
+            os.close(fd)
+
+    def sync(self) -> None:
+        """Make the lines so far durable: a checkpoint must not outlive the lines of its steps."""
+        with suppress(OSError), open(self._path) as file:
+            os.fsync(file.fileno())
 
 
 def _lines(path: Path) -> list[str]:
@@ -111,5 +144,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in _lines(path) if _step_of(line) != float("inf")]
 
 
+def read_status(out: Path) -> dict[str, Any]:
+    """status.json; empty where there is none that can be read."""
+    try:
+        status = json.loads((out / "status.json").read_text())
+        return status if isinstance(status, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
 def write_status(out: Path, status: dict[str, Any]) -> None:
-    write_atomically(out / "status.json", (json.dumps(status, indent=1) + "\n").encode())
+    """Replace status.json. A disk that refuses is said: it stops no training."""
+    try:
+        write_atomically(out / "status.json", (json.dumps(status, indent=1) + "\n").encode())
+    except OSError as error:
+        logging.getLogger("dlm_scale").error("status.json not written: %s", error)

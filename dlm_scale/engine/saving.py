@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from dlm_scale.checkpoint.writer import write_checkpoint
+from dlm_scale.checkpoint.writer import Save, plan_save, stage, write_staged
 from dlm_scale.data.meta import TOKENIZER_DOCUMENT
 from dlm_scale.engine.build import Trainer
 from dlm_scale.engine.state import TrainState
@@ -17,30 +18,29 @@ from dlm_scale.engine.state_access import zero_slot_source
 from dlm_scale.model.initialise import initial_values
 
 
-def all_gather_object(value: Any) -> list[Any]:
-    """`value` of every rank of the world, in rank order."""
+def all_gather_object(value: Any, group: Any = None) -> list[Any]:
+    """`value` of every rank of the world, in rank order. `group` has all ranks; default: the world's own."""
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, value)
+    dist.all_gather_object(everyone, value, group=group)
     return everyone
 
 
-def save(trainer: Trainer, state: TrainState, run: Path, documents: dict[str, bytes], fingerprint: str) -> Path:
-    """Write the whole training state as RUN/checkpoints/step_N; returns that folder. Collective.
+def describe_save(trainer: Trainer, state: TrainState, run: Path, documents: dict[str, bytes], fingerprint: str,
+                  gather: Callable[[Any], list] = all_gather_object) -> Save:
+    """The save of the whole training state as RUN/checkpoints/step_N.
 
     `documents` are small files that make the checkpoint self-contained (config, dataset meta, tokenizer).
     """
     train, env = trainer.config.train, trainer.runtime.env
-    return write_checkpoint(
-        run,
-        state.step,
-        trainer.state_access.pieces(),
-        rank=env.rank,
-        world_size=env.world_size,
-        gather=all_gather_object,
-        documents=documents | {"state.json": state_document(trainer, state, fingerprint)},
-        keep_last=train.keep_last,
-        keep_every=train.keep_every,
-    )
+    documents = documents | {"state.json": state_document(trainer, state, fingerprint)}
+    return Save(run, state.step, env.rank, env.world_size, gather, documents, train.keep_last, train.keep_every)
+
+
+def save(trainer: Trainer, state: TrainState, run: Path, documents: dict[str, bytes], fingerprint: str) -> Path:
+    """Write the whole training state before anything else; returns its folder. Collective. Raises CheckpointError."""
+    described = describe_save(trainer, state, run, documents, fingerprint)
+    plan = plan_save(described, trainer.state_access.pieces())
+    return write_staged(described, plan, stage(plan))
 
 
 def state_document(trainer: Trainer, state: TrainState, fingerprint: str) -> bytes:
@@ -72,6 +72,8 @@ def restore(trainer: Trainer, checkpoint: Any) -> TrainState:
     state = TrainState(checkpoint.state["step"], checkpoint.state["samples"])
 
     def source(spec, slot, box, start, numel):
+        if slot == "ema" and (spec.name, slot) not in checkpoint.tensors:  # a branch that starts to average
+            slot = "param"
         return checkpoint.read_flat(spec.name, slot, box, start, numel)
 
     trainer.state_access.fill(source, state.step)

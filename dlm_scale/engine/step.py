@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from dlm_scale.engine.gradients import clip_by_global_norm
 from dlm_scale.engine.muon import muon_update
 from dlm_scale.engine.optimizer import rate_factor
 from dlm_scale.engine.state import TrainState
+from dlm_scale.engine.state_access import inner_optimizer
 
 STATS = ("nelbo_sum", "ce_sum", "num_masked", "num_correct")
 
@@ -29,6 +31,19 @@ def rows_of_rank(trainer: Trainer) -> np.ndarray:
     return rows.reshape(trainer.accumulation, mesh.data_size, train.micro_batch_size)[:, mesh.data_rank]
 
 
+def sample_ids(skipped: Sequence[tuple[int, int]], position: np.ndarray) -> np.ndarray:
+    """Global sample indices of positions in the run's sequence of samples: `skipped`, ascending ranges [start, stop)
+    of indices, are passed over."""
+    for start, stop in skipped:
+        position = np.where(position >= start, position + (stop - start), position)
+    return position
+
+
+def samples_of_rank(trainer: Trainer, state: TrainState) -> np.ndarray:
+    """Global sample indices [accumulation, micro] of this rank's rows in the step after `state`."""
+    return sample_ids(trainer.config.data.skip_samples, state.samples + rows_of_rank(trainer))
+
+
 def make_batch(trainer: Trainer, data, state: TrainState) -> list[Corrupted]:
     """This rank's micro-batches of the step after `state`, noised, on the host.
 
@@ -37,10 +52,11 @@ def make_batch(trainer: Trainer, data, state: TrainState) -> list[Corrupted]:
     config = trainer.config
     times_G = stratified_times(config.train.seed, state.step, config.train.global_batch_size)
     denominator = float(config.train.global_batch_size * config.model.seq_len)
+    samples_AB = samples_of_rank(trainer, state)
     return [
         corrupt(
-            data.rows(state.samples + rows_B),
-            state.samples + rows_B,
+            data.rows(sample_B),
+            sample_B,
             times_G[rows_B],
             seed=config.train.seed,
             schedule=SCHEDULES[config.diffusion.schedule],
@@ -48,33 +64,61 @@ def make_batch(trainer: Trainer, data, state: TrainState) -> list[Corrupted]:
             mask_id=trainer.vocabulary.mask_id,
             denominator=denominator,
         )
-        for rows_B in rows_of_rank(trainer)
+        for rows_B, sample_B in zip(rows_of_rank(trainer), samples_AB, strict=True)
     ]
 
 
-def train_step(trainer: Trainer, batch: Sequence[Corrupted], state: TrainState) -> dict[str, torch.Tensor]:
+def train_step(trainer: Trainer, batch: Sequence[Corrupted], state: TrainState,
+               enter: Callable[[str], None] = lambda phase: None) -> dict[str, Any]:
     """Accumulate gradients over `batch`, clip by the global norm, update the weights.
 
-    Returns device tensors, not yet summed over ranks: `sums` float64 [1 + len(STATS)] (loss sum first) and `grad_norm`,
-    the true global norm before clipping.
+    A loss or gradient that is not finite on any rank makes the norm so, which all ranks share: then all of them leave
+    weights and optimizer as they are. `enter` is told each phase as it begins.
+
+    Returns device tensors, not yet summed over ranks: `sums` float64 [1 + len(STATS)] (loss sum first), `losses`, the
+    loss sums of the micro-batches, and `grad_norm`, the true global norm before clipping; and `is_skipped`.
     """
     engine, mesh = trainer.engine, trainer.runtime.mesh
     factor = rate_factor(state.step, trainer.config.train.num_steps, trainer.config.optimizer)
     for group in engine.optimizer.param_groups:
         group["lr"] = trainer.config.optimizer.learning_rate * factor
-    sums = torch.zeros(1 + len(STATS), dtype=torch.float64, device=trainer.runtime.device)
+    sums, losses = torch.zeros(1 + len(STATS), dtype=torch.float64, device=trainer.runtime.device), []
     for corrupted in batch:
+        enter("forward")
         corrupted = corrupted.to(trainer.runtime.device)
         loss_sum, stats = masked_diffusion(engine, corrupted)
-        # DeepSpeed averages gradients over the data-parallel ranks: undo that, and its division by the accumulation.
-        engine.backward(loss_sum * (mesh.data_size / corrupted.denominator), scale_wrt_gas=False)
         sums += torch.stack([loss_sum.detach().double(), *(stats[name] for name in STATS)])
+        losses.append(loss_sum.detach())
+        enter("backward")
+        # DeepSpeed averages gradients over the data-parallel ranks: undo that, and its division by the accumulation.
+        scale = torch.where(losses[-1].isfinite(), mesh.data_size / corrupted.denominator, torch.nan)
+        engine.backward(loss_sum * scale, scale_wrt_gas=False)
         if engine.is_gradient_accumulation_boundary():
+            enter("update")
             norm = clip_by_global_norm(trainer, trainer.config.optimizer.gradient_clip)
-            if trainer.config.optimizer.name == "muon":
-                muon_update(trainer, trainer.config.optimizer.muon_learning_rate * factor)
+            is_skipped = prepare_update(trainer, norm, factor)
         engine.step()
-    return {"sums": sums, "grad_norm": norm}
+    return {"sums": sums, "losses": losses, "grad_norm": norm, "is_skipped": is_skipped}
+
+
+def prepare_update(trainer: Trainer, norm: torch.Tensor, factor: float) -> bool:
+    """What comes before the optimizer's own step: Muon's, or where the norm is not finite the order to skip both.
+
+    Returns whether the update is skipped. Collective.
+    """
+    options, optimizer = trainer.config.optimizer, inner_optimizer(trainer.engine)
+    optimizer.is_skipping = not bool(norm.isfinite())
+    if optimizer.is_skipping:
+        optimizer.skip()
+    elif options.name == "muon":
+        muon_update(trainer, options.muon_learning_rate * factor)
+    return optimizer.is_skipping
+
+
+def loss_share(trainer: Trainer, result: dict[str, Any]) -> float:
+    """What this rank adds to the global batch's loss in nats a token: the sum over all ranks is that loss."""
+    tokens = trainer.config.train.global_batch_size * trainer.config.model.seq_len
+    return float(sum(result["losses"])) / tokens / trainer.runtime.mesh.tensor_size
 
 
 def reduce_sums(trainer: Trainer, sums: torch.Tensor) -> dict[str, float]:

@@ -17,7 +17,11 @@ def open_tracker(mode: str, out: Any, config: dict[str, Any]):
     except ImportError:
         raise UsageError(f"train.wandb={mode}: the package wandb is not installed; "
                          "pip install 'dlm_scale[log]', or use train.wandb=off") from None
-    run = wandb.init(mode=mode, dir=str(out), config=config, project="dlm_scale", name=out.name)
+    try:
+        run = wandb.init(mode=mode, dir=str(out), config=config, project="dlm_scale", name=out.name)
+    except Exception as error:
+        logging.getLogger("dlm_scale").warning("wandb did not start, training goes on without it: %s", error)
+        return lambda record: None
     return lambda record: _log_quietly(run, record)
 
 

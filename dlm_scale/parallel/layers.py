@@ -6,6 +6,7 @@ ones; the tensor-parallel twin has the same four methods.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -84,6 +85,8 @@ def layers_of(mesh: Any, sequence_parallel: bool) -> Any:
     """The layers of a rank of this mesh. At tensor-parallel size 1 nothing of megatron is imported."""
     if mesh.tensor_size == 1:
         return LocalLayers()
+    # Megatron-core asks for Transformer Engine and Apex, which we do not use, and for a CUDA setting of its own.
+    warnings.filterwarnings("ignore", module="megatron")
     from dlm_scale.parallel.tensor_parallel import TensorLayers
 
     return TensorLayers(mesh, sequence_parallel)

@@ -48,8 +48,8 @@ def case_config(**overrides: Any):
         "data": {"train": "synthetic", "synthetic_vocab_size": VOCAB},
         "train": {"global_batch_size": BATCH, "micro_batch_size": BATCH, "num_steps": 100, "precision": "fp32",
                   "out": "unused", "seed": 5},
-        "optimizer": {"learning_rate": 1e-3, "gradient_clip": 0.2, "weight_decay": 0.1, "warmup_steps": 3,
-                      "eps": 1e-5},
+        "optimizer": {"name": "adamw", "learning_rate": 1e-3, "warmup_steps": 3, "gradient_clip": 0.2,
+                      "weight_decay": 0.1, "eps": 1e-5},
         "deepspeed": {"zero_optimization": {"stage": 0}},
     }
     for key, value in overrides.items():
@@ -137,7 +137,8 @@ def logical_weights(trainer, slot: str = "param") -> dict[str, np.ndarray]:
 def noisy_values(spec, seed: int, box, start: int, numel: int) -> torch.Tensor:
     """Weights as after some training: nothing is zero, so that no class of gradient is too small to be wrong."""
     noise = dataclasses.replace(spec, name="noise." + spec.name, init_std=0.1)
-    return torch.from_numpy(initial_values(spec, seed, box, start, numel) + initial_values(noise, seed, box, start, numel))
+    values = (initial_values(each, seed, box, start, numel) for each in (spec, noise))
+    return torch.from_numpy(sum(values))
 
 
 def start_noisy(trainer) -> TrainState:
@@ -171,9 +172,9 @@ def whole_batch(config, data, step: int):
     """The noised global batch of the step after `step` finished ones."""
     rows = config.train.global_batch_size
     index, times = step * rows + np.arange(rows), stratified_times(config.train.seed, step, rows)
-    return corrupt(data.rows(index), index, times, seed=config.train.seed, schedule=SCHEDULES[config.diffusion.schedule],
-                   weighting=WEIGHTINGS[config.diffusion.weighting], mask_id=data.vocabulary.mask_id,
-                   denominator=float(rows * config.model.seq_len))
+    return corrupt(data.rows(index), index, times, seed=config.train.seed,
+                   schedule=SCHEDULES[config.diffusion.schedule], weighting=WEIGHTINGS[config.diffusion.weighting],
+                   mask_id=data.vocabulary.mask_id, denominator=float(rows * config.model.seq_len))
 
 
 def run_twin(config, steps: int) -> dict[str, Any]:
@@ -203,7 +204,8 @@ def run_twin(config, steps: int) -> dict[str, Any]:
         for group in optimizer.param_groups:
             group["lr"] = options.learning_rate * factor
         for name, momentum in matrices.items():
-            _muon_step(named[name], momentum, options.muon_learning_rate * factor, options)
+            parts = _rows_of_parts(name, config.model)
+            _muon_step(named[name], momentum, parts, options.muon_learning_rate * factor, options)
         optimizer.step()
         alone = SimpleNamespace(data_size=1)
         lines.append({"loss": loss.item(), "grad_norm": norm.item(),
@@ -213,12 +215,25 @@ def run_twin(config, steps: int) -> dict[str, Any]:
     return {"lines": lines, "weights": weights}
 
 
+def _rows_of_parts(name: str, model) -> list[torch.Tensor | slice]:
+    """Rows of the matrices that are fused into one: Q, K, V by head; gate then up."""
+    if name.endswith("gate_up.weight"):
+        return [slice(0, model.ffn_size), slice(model.ffn_size, None)]
+    if not name.endswith("qkv.weight"):
+        return [slice(None)]
+    heads, queries = model.num_kv_heads, model.num_heads // model.num_kv_heads
+    kind = torch.tensor(([0] * queries + [1, 2]) * heads).repeat_interleave(model.head_dim)
+    return [torch.nonzero(kind == which)[:, 0] for which in range(3)]
+
+
 @torch.no_grad()
-def _muon_step(weight, momentum, rate: float, options) -> None:
+def _muon_step(weight, momentum, parts, rate: float, options) -> None:
     momentum.lerp_(weight.grad, 1 - options.muon_momentum)
-    update = newton_schulz(weight.grad.lerp(momentum, options.muon_momentum))
+    nesterov = weight.grad.lerp(momentum, options.muon_momentum)
     weight.mul_(1 - rate * options.weight_decay)
-    weight.sub_(update, alpha=rate * max(1.0, weight.shape[0] / weight.shape[1]) ** 0.5)
+    for rows in parts:
+        part = nesterov[rows]
+        weight[rows] -= rate * max(1.0, part.shape[0] / part.shape[1]) ** 0.5 * newton_schulz(part)
     weight.grad = None
 
 

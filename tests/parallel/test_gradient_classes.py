@@ -1,4 +1,4 @@
-"""Every class of parameter gets its whole gradient: the sharded Transformer, without DeepSpeed, against the whole one."""
+"""Every class of parameter gets its whole gradient: the sharded Transformer against the whole one, no DeepSpeed."""
 
 from __future__ import annotations
 

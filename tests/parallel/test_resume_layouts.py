@@ -15,7 +15,6 @@ OTHERS = {
     "TP1xDP1 ZeRO 0": Case(0, 1, 1, 1, False, "gqa"),
     "TP1xDP4 ZeRO 1": Case(1, 1, 4, 1, False, "gqa"),
     "TP4xDP1 ZeRO 3": Case(3, 4, 1, 2, True, "gqa"),
-    "TP2xDP2 ZeRO 2": Case(2, 2, 2, 1, False, "gqa"),
 }
 
 

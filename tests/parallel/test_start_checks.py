@@ -97,7 +97,8 @@ def _train_on_own_data(folder) -> str:
 
 
 def test_training_starts_with_the_comparison(tmp_path):
-    assert all("first batch of tensor-parallel ranks [1]" in text for text in run_ranks(2, _train_on_own_data, tmp_path))
+    texts = run_ranks(2, _train_on_own_data, tmp_path)
+    assert all("first batch of tensor-parallel ranks [1]" in text for text in texts)
 
 
 @pytest.mark.parametrize(
