@@ -103,7 +103,8 @@ def find_branch_point(config: Any, data: Any) -> Any:
     old = config_from_text(checkpoint.document("config.yaml").decode(), f"{path}/config.yaml")
     wrong = [f"{key}: {a} -> {b}" for key, (a, b) in config_difference(old, config).items()
              if key.startswith("model.") or key == "optimizer.name"]
-    if json.loads(checkpoint.document(TOKENIZER_DOCUMENT)) != json.loads(json.dumps(data.tokenizer_meta.tokenizer_dict())):
+    tokenizer = json.loads(json.dumps(data.tokenizer_meta.tokenizer_dict()))
+    if json.loads(checkpoint.document(TOKENIZER_DOCUMENT)) != tokenizer:
         wrong.append("data.train: another tokenizer")
     if config.train.num_steps <= checkpoint.step:
         wrong.append(f"train.num_steps={config.train.num_steps} is not beyond its step {checkpoint.step}")
@@ -137,6 +138,7 @@ def train(config: Any, data: Any, validation: Any, checkpoint: Any, signals: Any
     from dlm_scale.engine.saving import restore, start_fresh
     from dlm_scale.engine.session import Session
     from dlm_scale.engine.signals import StopRequest
+    from dlm_scale.parallel.roll_call import naming_lost_ranks
 
     # The watchdog, which names the rank that hangs, comes before the time limit of the collectives.
     timeout = config.train.hang_timeout_seconds + COLLECTIVES_WAIT_LONGER_SECONDS
@@ -145,7 +147,8 @@ def train(config: Any, data: Any, validation: Any, checkpoint: Any, signals: Any
     try:
         trainer = build_trainer(config, runtime, data.vocabulary)
         state = restore(trainer, checkpoint) if checkpoint else start_fresh(trainer)
-        session.run(trainer, data, validation, state, checkpoint)
+        with naming_lost_ranks(runtime.env):
+            session.run(trainer, data, validation, state, checkpoint)
     except Exception as error:
         raise session.fail(error) from error
     stop_runtime()

@@ -22,10 +22,11 @@ LAST_SAVE_DELAYS = (0.0, 1.0, 2.0, 4.0)  # seconds before each attempt
 
 
 class Saver:
-    """At most one save is in flight. `make_save(state)` describes one; its `gather` must have a process group that
-    nothing else uses. Memory for the copies is taken at once and kept. A save that fails is said and counted, leaves the last good one, and does not stop training.
+    """At most one save is in flight. One that fails is said and counted, leaves the last good one, and does not stop
+    training. Memory for the copies is taken at once and kept.
 
-    `before()` runs on every rank before a save is written, `on_durable(state, path)` after.
+    `make_save(state)` describes a save; its `gather` must have a process group that nothing else uses. `before()` runs
+    on every rank before a save is written, `on_durable(state, path)` after.
     """
 
     def __init__(self, trainer: Any, make_save: Callable[[TrainState], Save], durable: tuple[TrainState, Path] | None,

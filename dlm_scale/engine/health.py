@@ -63,10 +63,10 @@ class Health:
         self._log.error("step %d: loss or gradient is not finite, no rank updates its weights; batch: %s", step, path)
         if self._bad_in_a_row >= self._trainer.config.train.max_bad_steps:
             raise TrainingFailed(
-                f"loss or gradient was not finite in {self._bad_in_a_row} steps in a row, up to step {step}. If the "
-                f"data is at fault, pass over it: train.branch_from={self._out} "
-                f"data.skip_samples={self._bad_samples(state)} in another train.out ({path.parent} has the batches); if "
-                "not, lower optimizer.learning_rate from an earlier checkpoint")
+                f"loss or gradient was not finite in {self._bad_in_a_row} steps in a row, up to step {step} (see "
+                f"{path.parent}). If the data is at fault, pass over it in another train.out: train.branch_from="
+                f"{self._out} data.skip_samples={self._bad_samples(state)}; if not, lower optimizer.learning_rate from "
+                "an earlier checkpoint")
 
     def _bad_samples(self, state: TrainState) -> str:
         """All ranges of samples to pass over: those so far, and the bad steps in a row up to the one after `state`."""

@@ -23,7 +23,6 @@ from dlm_scale.engine.state import TrainState
 from dlm_scale.engine.step import loss_share, make_batch, reduce_sums, train_step
 from dlm_scale.engine.watchdog import Watchdog
 from dlm_scale.model.parameters import flops_per_token, peak_flops
-from dlm_scale.parallel.roll_call import naming_lost_ranks
 
 
 @dataclass(frozen=True)
@@ -43,13 +42,11 @@ def train_loop(trainer: Trainer, data: Any, validation: Any, state: TrainState, 
     clock = Clock(trainer, state)
     if state.step == 0:
         record(evaluation_record(trainer, validation, state, watch))
-    with naming_lost_ranks(trainer.runtime.env), ThreadPoolExecutor(1) as ahead:
+    with ThreadPoolExecutor(1) as ahead:
         upcoming = ahead.submit(make_batch, trainer, data, state)
         check_same_batch(upcoming.result(), trainer.runtime.mesh, trainer.runtime.device)
         asked = control.agree()
         while state.step < last_step and not asked.stop:
-            if asked.save:
-                saver.start(state)
             watch.enter("data", state.step)
             batch = upcoming.result()
             following = state.advanced(train.global_batch_size)
@@ -64,13 +61,13 @@ def train_loop(trainer: Trainer, data: Any, validation: Any, state: TrainState, 
             if _due(state.step, train.eval_every, last_step):
                 with clock.paused():
                     record(evaluation_record(trainer, validation, state, watch))
-            if _due(state.step, train.save_every, last_step):
-                with clock.paused():
-                    watch.enter("save", state.step)
-                    saver.start(state)
             watch.enter("agree", state.step)
             asked = control.agree(loss_share(trainer, result))
             health.check_loss(asked.loss, state)
+            if asked.save or _due(state.step, train.save_every, last_step):
+                with clock.paused():
+                    watch.enter("save")
+                    saver.start(state)
     watch.enter("save", state.step)
     return Outcome(state, _reason(state, train, asked), saver.finish(state))
 
@@ -115,7 +112,8 @@ class Clock:
 
 
 def step_record(trainer, batch, result, state: TrainState, following: TrainState, clock: Clock) -> dict[str, Any]:
-    """The line of a logged step; what is not finite is null. Collective: statistics and hashes are gathered over the data-parallel ranks."""
+    """The line of a logged step; what is not finite is null. Collective: statistics and hashes are gathered over the
+    data-parallel ranks."""
     means = {name: finite(value) for name, value in reduce_sums(trainer, result["sums"]).items()}
     options = trainer.config.optimizer
     return {

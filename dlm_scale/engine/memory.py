@@ -29,12 +29,13 @@ def memory_of_rank(config: Any, vocabulary: Any, data_size: int) -> dict[str, fl
     muon = sum(spec.numel / tensor for spec in table if spec.is_hidden_matrix) if config.optimizer.name == "muon" else 0
     is_half = train.precision == "bf16"
     slots = 8 * held - 4 * muon + (4 * held if train.ema_decay else 0)
+    logit_rows = min(HEAD_ROWS, train.micro_batch_size * config.model.seq_len)
     return {
         "weights": held * (2 if is_half else 4) / (data_size if stage == 3 else 1),
         "gradients": held * (6 if is_half and stage < 2 else 4) / (data_size if stage >= 2 else 1),
         "optimizer": (slots + (4 * held if is_half or stage else 0)) / (data_size if stage else 1),
         "activations": _activations(config, 2 if is_half else 4),
-        "output head": 8 * vocabulary.num_outputs / tensor * min(HEAD_ROWS, train.micro_batch_size * config.model.seq_len),
+        "output head": 8 * vocabulary.num_outputs / tensor * logit_rows,
     }
 
 

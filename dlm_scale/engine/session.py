@@ -90,8 +90,8 @@ class Session:
 
     def run(self, trainer: Trainer, data: Any, validation: Any, state: TrainState, checkpoint: Any) -> None:
         """Run the loop; write status.json, curves and the last line that says where everything lies."""
-        versions = provenance()
-        self.documents["provenance.json"] = (json.dumps(versions, indent=1) + "\n").encode()
+        self.signals.has_started = True
+        self.documents["provenance.json"] = (json.dumps(provenance(), indent=1) + "\n").encode()
         own = checkpoint if checkpoint and checkpoint.path.parent == self.out / "checkpoints" else None
         self.log.info(self._first_line(trainer, state, checkpoint))
         if self.runtime.is_first:
@@ -186,9 +186,8 @@ class Session:
         text = f"in {self.watch.where()}: {type(error).__name__}: {error}"
         if is_out_of_memory(error):
             return f"{memory_advice(self.config, self.vocabulary, self.runtime.mesh.data_size)} ({text[:300]})"
-        if isinstance(error, RuntimeError) and any(word in str(error) for word in ("peer", "gloo", "NCCL", "Gloo")):
-            signal = f", {self.signals.received} came, as launchers send it then" if self.signals.received else ""
-            return f"another rank has ended or does not answer{signal}; its own log may say why ({text[:300]})"
+        if self.signals.received:
+            return f"{text}; {self.signals.received} had come, which launchers send to the others when a rank dies"
         return text
 
     def _write_failure(self, text: str) -> bool:

@@ -192,7 +192,8 @@ def run_twin(config, steps: int) -> dict[str, Any]:
     decaying = [named[n] for n in table if table[n].decays and n not in matrices]
     groups = [{"params": decaying, "weight_decay": options.weight_decay},
               {"params": [named[n] for n in table if not table[n].decays], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(options.beta1, options.beta2), eps=options.eps)
+    betas = (options.beta1, options.beta2)
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, eps=options.eps)
     lines, state = [], TrainState()
     for _ in range(steps):
         corrupted = whole_batch(config, data, state.step)

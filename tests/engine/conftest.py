@@ -23,7 +23,7 @@ model: {{num_layers: 2, hidden_size: 32, num_heads: 4, seq_len: 16}}
 data: {{train: {grammar}/train, validation: {grammar}/val}}
 train: {{global_batch_size: 8, micro_batch_size: 4, num_steps: 12, precision: fp32, log_every: 1, eval_every: 6,
          eval_rows: 8, eval_draws: 2, save_every: 6, out: unset, ema_decay: 0.9, seed: 3}}
-optimizer: {{learning_rate: 1e-2, warmup_steps: 4, gradient_clip: 0.5}}
+optimizer: {{learning_rate: 3e-3, eps: 1e-5, warmup_steps: 4, gradient_clip: 0.5}}
 deepspeed: {{zero_optimization: {{stage: 1}}}}
 """)
     return path

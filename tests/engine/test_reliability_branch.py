@@ -95,6 +95,14 @@ def test_a_state_that_does_not_fit_is_refused(override, named, whole, config_fil
     assert named in capfd.readouterr().err
 
 
+def test_which_keys_change_the_result():
+    from dlm_scale.config import is_result_neutral
+
+    for key in ("train.branch_from", "train.async_save", "train.max_bad_steps", "train.hang_timeout_seconds"):
+        assert is_result_neutral(key)
+    assert not is_result_neutral("data.skip_samples") and is_result_neutral("data.train")
+
+
 def test_another_tokenizer_is_refused(whole, config_file, tmp_path, capfd):
     assert train(config_file, tmp_path, NO_VALIDATION, f"train.branch_from={whole}", "train.num_steps=20",
                  "data.train=synthetic", "data.synthetic_vocab_size=50") == [2]

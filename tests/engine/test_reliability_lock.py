@@ -75,7 +75,7 @@ def test_a_living_holder_that_the_file_system_forgot_still_holds(tmp_path):
         RunLock(tmp_path, PATIENCE)
 
 
-@pytest.mark.parametrize("changes", [{"pid": 2**22 + 1}, {"started": "1"}], ids=["no such process", "number used again"])
+@pytest.mark.parametrize("changes", [{"pid": 2**22 + 1}, {"started": "1"}], ids=["no process", "number used again"])
 def test_a_dead_holder_of_this_machine_is_recovered(changes, tmp_path):
     leave(tmp_path, **changes)
     RunLock(tmp_path, PATIENCE).release()

@@ -38,7 +38,8 @@ class Case:
         monkeypatch.setattr(async_saving, "write_staged", gated)
         monkeypatch.setattr(async_saving, "LAST_SAVE_DELAYS", (0.0, 0.0, 0.0, 0.0))
         access = SimpleNamespace(pieces=lambda: iter([Piece("w", "param", (4,), (4,), ((0, 4),), 0, self.tensor)]))
-        trainer = SimpleNamespace(state_access=access, config=SimpleNamespace(train=SimpleNamespace(async_save=is_async)))
+        config = SimpleNamespace(train=SimpleNamespace(async_save=is_async))
+        trainer = SimpleNamespace(state_access=access, config=config)
         self.saver = Saver(trainer, self._make, None, lambda: self.said.append("before"),
                            lambda state, path: self.said.append(path.name))
 

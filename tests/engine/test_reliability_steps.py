@@ -57,8 +57,8 @@ def _poisoned_steps() -> dict:
                 step.masked_diffusion = poisoned
                 before = _slots(trainer)
                 result = step.train_step(trainer, step.make_batch(trainer, data, state), state)
-                results[name, what, place] = {"skipped": result["is_skipped"], "micro_steps": trainer.engine.micro_steps,
-                                              "changed": _changed(before, _slots(trainer))}
+                results[name, what, place] = {"skipped": result["is_skipped"], "changed": _changed(before, _slots(trainer)),
+                                              "micro_steps": trainer.engine.micro_steps}
                 state = state.advanced(config.train.global_batch_size)
     return results
 
@@ -172,12 +172,16 @@ def test_ranges_of_samples_are_passed_over():
     assert sample_ids((), np.arange(4)).tolist() == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("value, expected", [([8, 16], ((8, 16),)), ([[8, 16], [20, 21]], ((8, 16), (20, 21))), ([], ())])
+@pytest.mark.parametrize("value, expected", [
+    ([8, 16], ((8, 16),)), ([[8, 16], [20, 21]], ((8, 16), (20, 21))), ([], ()),
+])
 def test_ranges_in_a_config(value, expected):
     assert _with_ranges(value).data.skip_samples == expected
 
 
-@pytest.mark.parametrize("value", [[16, 8], [8, 8], [[8, 16], [12, 20]], [[20, 21], [8, 16]], [8], [-1, 4], "8", [1.5, 2]])
+@pytest.mark.parametrize("value", [
+    [16, 8], [8, 8], [[8, 16], [12, 20]], [[20, 21], [8, 16]], [8], [-1, 4], "8", [1.5, 2],
+])
 def test_wrong_ranges_are_refused(value):
     from dlm_scale.errors import UsageError
 

@@ -10,3 +10,11 @@ torch.set_num_threads(1)
 def specimen(tmp_path_factory):
     """A dataset and a run with two good checkpoints. A test that damages it restores it."""
     return make_specimen(tmp_path_factory.mktemp("specimen"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """The fault campaign is still growing: it runs by `make test PYTEST_ARGS='-m slow tests/faults'`, not in CI."""
+    for item in items:
+        if "tests/faults" in item.path.as_posix():
+            item.add_marker(pytest.mark.slow)

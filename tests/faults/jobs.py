@@ -10,8 +10,8 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,50 @@ def make_config(folder: Path, steps: int, width: int) -> Path:
     return path
 
 
+class ForkedRank:
+    """A forked process, with those methods of subprocess.Popen that are needed, and the time at which it ended."""
+
+    def __init__(self, work: Callable[[], None]):
+        self.code: int | None = None
+        self.ended = 0.0
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                work()
+            finally:
+                os._exit(70)
+
+    def poll(self) -> int | None:
+        if self.code is None and (done := os.waitpid(self.pid, os.WNOHANG))[0]:
+            self.code, self.ended = os.waitstatus_to_exitcode(done[1]), time.monotonic()
+        return self.code
+
+    def wait(self) -> int:
+        while self.poll() is None:
+            time.sleep(0.002)
+        return self.code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
+def fork_ranks(arguments: list[str], ranks: int, log: Path, change: Callable[[int], None]) -> list[ForkedRank]:
+    """`dlm train` once a rank; what rank r says goes to LOG.r."""
+    port = free_port()
+
+    def train(rank: int) -> None:
+        said = os.open(f"{log}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(said, 1)
+        os.dup2(said, 2)
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1",
+                          LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        change(rank)
+        os._exit(cli.main(["train", *arguments]))
+
+    return [ForkedRank(partial(train, rank)) for rank in range(ranks)]
+
+
 @dataclass
 class Job:
     """`dlm train CONFIG train.out=OUT ...` on some ranks. `change(rank)` runs in each of them first."""
@@ -50,82 +94,56 @@ class Job:
     overrides: tuple[str, ...] = ()
     ranks: int = 2
     change: Callable[[int], None] = lambda rank: None
-    pids: list[int] = field(default_factory=list)
-    codes: dict[int, int] = field(default_factory=dict)
-    ended: dict[int, float] = field(default_factory=dict)
+    processes: list[ForkedRank] = field(default_factory=list)
+
+    @property
+    def log(self) -> Path:
+        return self.out.with_suffix(".said")
 
     def start(self) -> Job:
-        self.out.mkdir(parents=True, exist_ok=True)
-        port = free_port()
-        for rank in range(self.ranks):
-            pid = os.fork()
-            if pid == 0:
-                self._become_rank(rank, port)
-            self.pids.append(pid)
+        arguments = [str(self.config), f"train.out={self.out}", *self.overrides]
+        self.processes = fork_ranks(arguments, self.ranks, self.log, self.change)
         return self
 
-    def _become_rank(self, rank: int, port: int) -> None:
-        code = 70
-        try:
-            said = os.open(self.out.parent / f"{self.out.name}.rank{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(said, 1)
-            os.dup2(said, 2)
-            os.environ.update(RANK=str(rank), WORLD_SIZE=str(self.ranks), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1",
-                              LOCAL_WORLD_SIZE=str(self.ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-            self.change(rank)
-            code = cli.main(["train", str(self.config), f"train.out={self.out}", *self.overrides])
-        finally:
-            os._exit(code)
-
-    def poll(self) -> bool:
-        """Whether any rank lives; notes the exit codes of those that ended, and when."""
-        for rank, pid in enumerate(self.pids):
-            if rank not in self.codes and (done := os.waitpid(pid, os.WNOHANG))[0]:
-                self.codes[rank], self.ended[rank] = os.waitstatus_to_exitcode(done[1]), time.monotonic()
-        return len(self.codes) < self.ranks
+    def lives(self) -> bool:
+        return None in [process.poll() for process in self.processes]  # asks each, so that each has its time
 
     def wait(self, seconds: float = SECONDS) -> list[int | None]:
         """The exit codes; None for a rank that had to be killed."""
-        deadline = time.monotonic() + seconds
-        while self.poll() and time.monotonic() < deadline:
-            time.sleep(0.005)
-        return [self.codes.get(rank) for rank in range(self.ranks)]
+        self.wait_until(lambda: False, seconds)
+        return [process.poll() for process in self.processes]
 
     def end(self) -> None:
         """Kill what is left."""
-        for rank, pid in enumerate(self.pids):
-            if rank not in self.codes:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-
-    def send(self, rank: int, number: int) -> None:
-        if rank not in self.codes:
-            os.kill(self.pids[rank], number)
+        for process in self.processes:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
 
     def wait_until(self, is_true: Callable[[], Any], seconds: float = SECONDS) -> bool:
         """False where the job ends, or the time passes, before it is true."""
         deadline = time.monotonic() + seconds
         while not is_true():
-            if not self.poll() or time.monotonic() > deadline:
+            if not self.lives() or time.monotonic() > deadline:
                 return False
             time.sleep(0.002)
         return True
 
     def catches(self, number: int) -> bool:
         """Whether all ranks have a handler for the signal by now."""
-        for rank, pid in enumerate(self.pids):
-            try:
-                fields = dict(line.split(":\t") for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-                if rank not in self.codes and not int(fields["SigCgt"], 16) >> (number - 1) & 1:
-                    return False
-            except (OSError, ValueError, KeyError):
-                return False
-        return True
+        try:
+            return all(_caught(process.pid) >> (number - 1) & 1 for process in self.processes)
+        except (OSError, ValueError, StopIteration):
+            return False
 
     def said(self) -> str:
-        files = (self.out.parent / f"{self.out.name}.rank{rank}.txt" for rank in range(self.ranks))
+        files = [Path(f"{self.log}.{rank}") for rank in range(self.ranks)]
         return " | ".join(" ".join(path.read_text()[-600:].split()) for path in files if path.exists())
+
+
+def _caught(pid: int) -> int:
+    """Bits of the signals that a process has handlers for."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("SigCgt")).split()[1], 16)
 
 
 def run_to_end(job: Job) -> list[int | None]:

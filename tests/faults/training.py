@@ -7,6 +7,7 @@ its last weights. Prints a JSON object: row -> [count, [what went wrong, ...], {
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import random
 import re
@@ -27,9 +28,10 @@ import dlm_scale.data.loader
 import dlm_scale.engine.session  # noqa: F401
 import dlm_scale.model.transformer
 from dlm_scale.checkpoint.folders import find_checkpoint
-from tests.faults.jobs import Job, losses, make_config, run_to_end, status
+from tests.faults.jobs import Job, fork_ranks, losses, make_config, run_to_end, status
 from tests.faults.shim import Mode, Shim
 
+ROOT = Path(__file__).resolve().parents[2]
 STEPS, AHEAD = 30, 20  # a killed run has at least so many steps still before it
 BREATH = 0.01  # seconds that a forward pass takes longer, so that random moments fall into training too
 HANG_SECONDS = 4.0
@@ -116,7 +118,7 @@ class Trials:
         job.end()
         if codes[victim] != -9 or codes[1 - victim] in (None, 0):
             return f"{where}: the ranks ended with {codes}", {}
-        notes = {"others gone": job.ended[1 - victim] - job.ended[victim]}
+        notes = {"others gone": job.processes[1 - victim].ended - job.processes[victim].ended}
         started = time.monotonic()
         codes = run_to_end(again := Job(self.config, out))
         notes["recovery"] = time.monotonic() - started
@@ -153,13 +155,13 @@ class Trials:
         job = Job(self.config, out, change=lambda rank: breathe()).start()
         job.wait_until(partial(job.catches, signal.SIGUSR1))
         delay = rng.uniform(0.0, self.seconds)
-        if job.wait_until(lambda: False, delay) or not job.poll():
+        if job.wait_until(lambda: False, delay) or not job.lives():
             job.end()
             return None, {}
         number = rng.choice((signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT))
         started = time.monotonic()
         for rank in rng.choice(([0], [1], [0, 1], [1, 1])):
-            job.send(rank, number)
+            job.processes[rank].send_signal(number)
         codes = job.wait()
         job.end()
         found, spent = status(out), time.monotonic() - started
@@ -215,7 +217,7 @@ class Trials:
             job.wait_until(moment.exists)
         else:
             job.wait_until(lambda: (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text().count("\n") > 5)
-            job.send(victim, signal.SIGSTOP)
+            job.processes[victim].send_signal(signal.SIGSTOP)
         started = time.monotonic()
         job.wait_until(lambda: status(out).get("status") == "failed", 4 * HANG_SECONDS + 10)
         spent = time.monotonic() - started
@@ -227,7 +229,46 @@ class Trials:
         return (f"{where}: named after {spent:.1f} s" if over > 5.0 else None), {"seconds over the timeout": over}
 
 
-ROWS = ("kills", "signals", "full_disk", "hangs")
+    def soak(self, steps: int) -> Iterator[tuple[str | None, dict]]:
+        """tools/chaos.py over so many steps, a fault about every 20: one case."""
+        spec = importlib.util.spec_from_file_location("chaos", ROOT / "tools" / "chaos.py")
+        sys.modules["chaos"] = chaos = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(chaos)
+        shim = Shim()
+
+        def launch(arguments: list[str], ranks: int, fault: dict[str, str], log: Path) -> list:
+            shim.free_space()
+            modes = {"kill": Mode.KILL, "enospc": Mode.ENOSPC, "eio": Mode.EIO}
+            arm = partial(shim.arm, fault["folder"], modes[fault["mode"]], int(fault["at"])) if fault else shim.free_space
+            return fork_ranks(arguments, ranks, log, lambda rank: arm())
+
+        overrides = (f"train.num_steps={steps}", "train.eval_every=0", "optimizer.schedule=constant")
+        report = chaos.soak(str(self.config), self.fresh("soak"), ranks=2, seed=self.random.randrange(99),
+                            overrides=overrides, launch=launch)
+        faults = sum(report.get(name, 0) for name in chaos.FAULTS)
+        notes = {"faults": faults, "attempts": report["attempts"], "goodput": report["goodput"],
+                 "recovery": report["median_recovery_seconds"]}
+        yield (None if report["equal"] and report["steps"] == steps else f"{report}"), notes
+
+    def stall(self, saves: int) -> Iterator[tuple[str | None, dict]]:
+        """How long training waits for a save: written behind it, against written at once, one rank, a larger model."""
+        waited = {}
+        for is_async in (True, False):
+            out = self.fresh("stall")
+            size = ("model.hidden_size=384", "model.num_layers=6", f"train.num_steps={2 * saves}", "train.save_every=2")
+            codes = run_to_end(job := Job(self.config, out, (*size, f"train.async_save={is_async}".lower()), ranks=1))
+            if codes != [0]:
+                yield f"ended with {codes}: {job.said()}", {}
+                return
+            pairs = re.findall(r"durable, ([\d.]+) s after training waited ([\d.]+) s", (out / "train.log").read_text())
+            waited[is_async] = [float(pair[1 if is_async else 0]) for pair in pairs][1:-1]
+        medians = {key: sorted(values)[len(values) // 2] for key, values in waited.items()}
+        ratio = medians[True] / medians[False]
+        notes = {"asynchronous seconds": medians[True], "synchronous seconds": medians[False], "ratio": ratio}
+        yield (None if ratio <= 0.1 else f"{ratio:.2f} of a synchronous save"), notes
+
+
+ROWS = ("kills", "signals", "full_disk", "hangs", "soak", "stall")
 
 
 def row(trials: Trials, name: str, count: int) -> list:

@@ -43,7 +43,7 @@ def small_blocks(monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("terms", [LossTerms(), TERMS], ids=["plain", "all terms"])
-@pytest.mark.parametrize("num_rows, vocab", [(1, 7), (50, 7), (1, 129), (50, 129), (50, 1003)])
+@pytest.mark.parametrize("num_rows, vocab", [(50, 7), (1, 129), (50, 1003)])
 def test_at_most_twice_the_error_of_plain_torch(dtype, terms, num_rows, vocab):
     made = problem(num_rows, vocab)
     oracle = plain_cross_entropy(*made.inputs(torch.float64), terms)
