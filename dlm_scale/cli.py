@@ -6,6 +6,7 @@ import argparse
 import difflib
 import importlib
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -105,6 +106,8 @@ def exit_code(run: Callable[[], int | None], program: str = "dlm") -> int:
 
         if is_first_rank():
             print(f"{program}: error: {error}", file=sys.stderr)
+        else:
+            time.sleep(1.0)  # a launcher ends the others with the first that ends: let rank 0 speak
         return 2
     except KeyboardInterrupt:
         return 130

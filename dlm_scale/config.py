@@ -232,15 +232,24 @@ def _model_problems(config: Config) -> Iterator[Problem]:
         yield "model.head_dim", f"is {model.head_dim}: rotary positions need an even width per head"
     if model.num_heads % model.num_kv_heads:
         yield _indivisible("model.num_heads", model.num_heads, "model.num_kv_heads", model.num_kv_heads)
-    tp_key = "parallel.tensor_parallel_size"
+    for key, value in _unshardable(config, tp):
+        fitting = [size for size in range(1, model.num_heads + 1) if not any(_unshardable(config, size))]
+        nearest = sorted(sorted(fitting, key=lambda size: abs(size - tp))[:3])
+        problem = _indivisible(key, value, "parallel.tensor_parallel_size", tp)
+        yield key, f"{problem[1]}; nearest sizes that fit: {nearest}"
+
+
+def _unshardable(config: Config, tp: int) -> Iterator[tuple[str, int]]:
+    """What a tensor-parallel size of `tp` does not divide (vocabularies always do: tables are padded)."""
+    model = config.model
     if model.num_heads % tp:
-        yield _indivisible("model.num_heads", model.num_heads, tp_key, tp)
+        yield "model.num_heads", model.num_heads
     if model.num_kv_heads % tp and tp % model.num_kv_heads:
-        yield _indivisible("model.num_kv_heads", model.num_kv_heads, tp_key, tp)
+        yield "model.num_kv_heads", model.num_kv_heads
     if model.ffn_size % tp:
-        yield _indivisible("model.ffn_size", model.ffn_size, tp_key, tp)
+        yield "model.ffn_size", model.ffn_size
     if config.parallel.sequence_parallel and model.seq_len % tp:
-        yield _indivisible("model.seq_len", model.seq_len, tp_key, tp)
+        yield "model.seq_len", model.seq_len
 
 
 def _indivisible(key: str, value: int, by_key: str, by: int) -> Problem:

@@ -118,6 +118,11 @@ def test_a_layout_that_does_not_divide_names_the_numbers(overrides, numbers):
         case_config(**overrides)
 
 
+def test_the_nearest_tensor_parallel_sizes_are_named():
+    with pytest.raises(UsageError, match=r"nearest sizes that fit: \[2, 4, 8\]"):
+        case_config(parallel__tensor_parallel_size=5, model__num_heads=16, model__head_dim=8)
+
+
 def test_a_batch_that_does_not_divide_names_the_nearest_that_do():
     with pytest.raises(UsageError, match=r"8 / \(2 x 3\) = 1.333.*Nearest that fit: train.global_batch_size=6 "):
         resolve_batch(case_config(train__micro_batch_size=2), 3)
