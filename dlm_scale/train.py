@@ -29,10 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check everything that is cheap to check, then train; returns the exit code."""
     from dlm_scale.config import load_config, resolve_batch
-    from dlm_scale.engine.signals import StopRequest
     from dlm_scale.parallel.mesh import check_layout
 
-    signals = StopRequest()
     config, world = load_config(args.config, args.overrides), dist_env().world_size
     check_layout(world, config.parallel.tensor_parallel_size)
     resolve_batch(config, world // config.parallel.tensor_parallel_size)
@@ -41,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     from dlm_scale.engine.session import RunFailed
 
     try:
-        train(config, data, validation, checkpoint, signals)
+        train(config, data, validation, checkpoint)
     except RunFailed as failure:
         return _leave(failure.code, world)
     return 0
@@ -128,7 +126,7 @@ def check_same_run(checkpoint: Any, config: Any, data: Any) -> None:
                          "on would mix two runs; restore these keys, or choose another train.out")
 
 
-def train(config: Any, data: Any, validation: Any, checkpoint: Any, signals: Any = None) -> None:
+def train(config: Any, data: Any, validation: Any, checkpoint: Any) -> None:
     """Join the world, build the engine, run the loop, leave the run folder complete.
 
     Raises UsageError where another job has the folder, and RunFailed, which has been said, for whatever ends the run.
@@ -137,13 +135,12 @@ def train(config: Any, data: Any, validation: Any, checkpoint: Any, signals: Any
     from dlm_scale.engine.runtime import start_runtime, stop_runtime
     from dlm_scale.engine.saving import restore, start_fresh
     from dlm_scale.engine.session import Session
-    from dlm_scale.engine.signals import StopRequest
     from dlm_scale.parallel.roll_call import naming_lost_ranks
 
     # The watchdog, which names the rank that hangs, comes before the time limit of the collectives.
     timeout = config.train.hang_timeout_seconds + COLLECTIVES_WAIT_LONGER_SECONDS
     runtime = start_runtime(config.train.device, config.parallel.tensor_parallel_size, timeout)
-    session = Session(config, runtime, data, signals or StopRequest())
+    session = Session(config, runtime, data)
     try:
         trainer = build_trainer(config, runtime, data.vocabulary)
         state = restore(trainer, checkpoint) if checkpoint else start_fresh(trainer)

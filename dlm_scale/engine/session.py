@@ -54,8 +54,8 @@ class Session:
     """Owns train.out on rank 0; on the other ranks it only has a log file. Raises UsageError on every rank where
     another job has the folder. Collective."""
 
-    def __init__(self, config: Any, runtime: Runtime, data: Any, signals: StopRequest):
-        self.config, self.runtime, self.vocabulary, self.signals = config, runtime, data.vocabulary, signals
+    def __init__(self, config: Any, runtime: Runtime, data: Any):
+        self.config, self.runtime, self.vocabulary, self.signals = config, runtime, data.vocabulary, StopRequest()
         self.out, world = Path(config.train.out), runtime.env.world_size
         # Agreement and saving have groups of their own: neither waits for the device, nor meets the other's messages.
         self.control_group, self.saving_group = (dist.new_group(backend="gloo") if world > 1 else None for _ in "ab")
@@ -90,7 +90,6 @@ class Session:
 
     def run(self, trainer: Trainer, data: Any, validation: Any, state: TrainState, checkpoint: Any) -> None:
         """Run the loop; write status.json, curves and the last line that says where everything lies."""
-        self.signals.has_started = True
         self.documents["provenance.json"] = (json.dumps(provenance(), indent=1) + "\n").encode()
         own = checkpoint if checkpoint and checkpoint.path.parent == self.out / "checkpoints" else None
         self.log.info(self._first_line(trainer, state, checkpoint))

@@ -15,18 +15,15 @@ REASONS = (*(number.name for number in STOP_SIGNALS), BY_HAND)
 
 
 class StopRequest:
-    """Remembers the first stop signal. The handler only sets a flag, so any moment is safe, and so is a second one:
-    only before `has_started`, when other ranks may not come, two interrupts end the process at once."""
+    """Remembers the first stop signal. The handler only sets a flag, so any moment is safe, and so is a second
+    one. Make it when all ranks have met: a process that waits for them in vain must end at the first signal."""
 
     def __init__(self):
         self.received: str | None = None
-        self.has_started = False
         for number in STOP_SIGNALS:
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.received == "SIGINT" and not self.has_started:
-            os._exit(130)
         self.received = self.received or signal.Signals(number).name
 
     def ignore(self) -> None:

@@ -36,7 +36,7 @@ def test_a_branch_goes_on_from_the_full_state_under_another_config(whole, config
     record = json.loads((tmp_path / "branch.json").read_text())
     assert (record["step"], record["samples"]) == (6, 48) and record["from"].endswith("step_00000006")
     assert record["changes"]["optimizer.learning_rate"] == [0.003, 0.02]
-    assert "optimizer.learning_rate: 0.01 -> 0.02" in (tmp_path / "train.log").read_text()
+    assert "optimizer.learning_rate: 0.003 -> 0.02" in (tmp_path / "train.log").read_text()
     assert train(config_file, tmp_path, *overrides) == [0]  # the same command continues the branch
     assert sorted(losses(tmp_path)) == [7, 8, 9, 10] and status(tmp_path)["step"] == 10
 

@@ -57,8 +57,9 @@ def _poisoned_steps() -> dict:
                 step.masked_diffusion = poisoned
                 before = _slots(trainer)
                 result = step.train_step(trainer, step.make_batch(trainer, data, state), state)
-                results[name, what, place] = {"skipped": result["is_skipped"], "changed": _changed(before, _slots(trainer)),
-                                              "micro_steps": trainer.engine.micro_steps}
+                results[name, what, place] = {"skipped": result["is_skipped"],
+                                              "micro_steps": trainer.engine.micro_steps,
+                                              "changed": _changed(before, _slots(trainer))}
                 state = state.advanced(config.train.global_batch_size)
     return results
 
