@@ -97,7 +97,7 @@ def on_gpu(made: dict[str, Callable], repeats: int, operations: float) -> dict:
 
 def on_cpu(made: dict[str, Callable], repeats: int) -> dict:
     seconds = cpu_seconds(made, repeats)
-    ratios = {f"ratio_{name}": median_ratio(times, seconds["ours"]) for name, times in seconds.items() if name != "ours"}
+    ratios = {f"ratio_{name}": median_ratio(t, seconds["ours"]) for name, t in seconds.items() if name != "ours"}
     return {f"seconds_{name}": sorted(times)[len(times) // 2] for name, times in seconds.items()} | ratios
 
 

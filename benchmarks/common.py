@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing on CPU and GPU, the device's measured roofline, and how results leave."""
+"""What the benchmarks share: timing in turns on CPU and GPU, the device's measured roofline, how results leave."""
 
 from __future__ import annotations
 

@@ -227,7 +227,8 @@ def why_not(name: str, device: str, dtype: torch.dtype, head_dim: int, mask: typ
         importlib.import_module(backend.module)
         if backend.switch:
             importlib.import_module("torch.nn.attention").activate_flash_attention_impl(backend.switch)
-        error = _attention_error(backend, dtype, head_dim, mask)
+        with torch.inference_mode(False), torch.enable_grad():
+            error = _attention_error(backend, device, dtype, head_dim, mask)
     except Exception as failure:  # whatever a foreign package raises: it is not usable, and this says why
         obstacle = f"{type(failure).__name__}: {failure} ({backend.advice})"
     else:
@@ -237,21 +238,17 @@ def why_not(name: str, device: str, dtype: torch.dtype, head_dim: int, mask: typ
     return obstacle
 
 
-def _attention_error(backend: AttentionBackend, dtype: torch.dtype, head_dim: int, mask: type) -> float:
-    """Largest difference from the float32 reference, output and gradient, on two rows of 96 positions."""
-    generator = torch.Generator("cuda").manual_seed(0)
-    q, k, v = torch.randn(3, 2, 96, 2, head_dim, device="cuda", generator=generator).to(dtype)
-    value = Segments(torch.tensor([0, 17, 96, 192], dtype=torch.int32, device="cuda")) if mask is Segments else mask()
-    found, wanted = (_with_gradient(run, *x, value) for run, x in ((backend.run, (q, k, v)),
-                                                                  (_sdpa, (q.float(), k.float(), v.float()))))
-    return max((a.float() - b).abs().max().item() for a, b in zip(found, wanted))
-
-
-def _with_gradient(run: Callable, q, k, v, mask) -> tuple[torch.Tensor, torch.Tensor]:
-    with torch.enable_grad():
-        q = q.detach().requires_grad_()
-        out = run(q, k, v, mask)
-        return out.detach(), torch.autograd.grad(out.float().square().sum(), q)[0]
+def _attention_error(backend: AttentionBackend, device: str, dtype: torch.dtype, head_dim: int, mask: type) -> float:
+    """Largest relative difference from the float32 reference, output and gradients, on two rows of 96 positions."""
+    generator = torch.Generator(device).manual_seed(0)
+    inputs = torch.randn(3, 2, 96, 2, head_dim, device=device, generator=generator).to(dtype)
+    value = Segments(torch.tensor([0, 17, 96, 192], dtype=torch.int32, device=device)) if mask is Segments else mask()
+    results = []
+    for run, kind in ((backend.run, dtype), (_sdpa, torch.float32)):
+        leaves = [x.to(kind, copy=True).requires_grad_() for x in inputs]
+        out = run(*leaves, value)
+        results.append([out.detach(), *torch.autograd.grad(out.float().square().sum(), leaves)])
+    return max(((a.float() - b).abs().max() / b.abs().max()).item() for a, b in zip(*results))
 
 
 def linear_cross_entropy(hidden_ND, weight_VD, target_N, weight_N, bias_V=None, vocab_start=0, group=None):
@@ -282,7 +279,7 @@ def linear_scores(
     hidden_ND, weight_VD, picked_id_N, bias_V=None, vocab_start=0, group=None, softcap: float | None = None,
     backend: str | None = None,
 ) -> Scores:  # fmt: skip
-    """Log-sum-exp, best logit and its id, and the logit of picked_id [N], without gradients and without [N,V] logits."""
+    """Log-sum-exp, best logit and its id, and the logit of picked_id [N]; no gradients, and no [N,V] logits."""
     if _kernels(backend, "linear_cross_entropy", hidden_ND) == "reference":
         run = linear_scores_ref
     else:
@@ -326,7 +323,8 @@ def _kernel_obstacle(op: str, device: str) -> str | None:
     if device != "cuda":
         return f"it needs a CUDA device, and the tensors are on {device}"
     try:
-        error = _triton(op).self_check(device)
+        with torch.inference_mode(False), torch.enable_grad():
+            error = _triton(op).self_check(device)
     except Exception as failure:  # no triton, no compiler, an old driver: the reference runs, and this says why
         return f"{type(failure).__name__}: {failure} (install the triton that this torch names)"
     return None if error < 1e-3 else f"it differs from the reference by {error:.1e}"

@@ -60,11 +60,11 @@ def cases() -> Iterator[Case]:
         for by_count in (False, True):
             flags = {"HAS_MASKABLE": has_maskable, "BY_COUNT": by_count}
             yield Case(f"mask{_told(flags)}", masking.mask_kernel, mask_types, flags | rows)
-    for dtype in ("bf16", "fp16", "fp32"):
-        yield from _chunk_cases(dtype)
+    for dtype, caps in (("bf16", (False, True)), ("fp16", (True,)), ("fp32", (False, True))):
+        yield from _chunk_cases(dtype, caps)
         tile = cross_entropy.tile_of(is_float32=dtype == "fp32")
         types = f"*{dtype} *{dtype} *fp32 *i64 *fp32 *fp32 *i32 *fp32 i32 i32 i32/16 i32/16 i32/16 fp32"
-        for cap in (False, True):
+        for cap in caps:
             flags = {"HAS_CAP": cap, "HAS_BIAS": True, "AS_FLOAT32": dtype == "fp32"}
             yield Case(f"scores {dtype}{_told(flags)}", cross_entropy.scores_kernel, types, flags | tile,
                        cross_entropy.TILE_OPTIONS, has_matmul=dtype != "fp32")  # fmt: skip
@@ -72,12 +72,11 @@ def cases() -> Iterator[Case]:
                {"BLOCK": cross_entropy.JOIN_ROWS})  # fmt: skip
 
 
-def _chunk_cases(dtype: str) -> Iterator[Case]:
-    """With and without all options, in the three ways of processing a chunk."""
+def _chunk_cases(dtype: str, all_options: tuple[bool, ...]) -> Iterator[Case]:
+    """In the three ways of processing a chunk, without any or with all options."""
     types = f"*{dtype} *fp32 *i64 *fp32 *fp32 i32 i32 i32/16 fp32 fp32 fp32 fp32 fp32"
-    ways = ((True, True),) if dtype == "fp16" else ((True, True), (True, False), (False, True))
-    for reduce, gradient in ways:
-        for options in (False, True):
+    for reduce, gradient in ((True, True), (True, False), (False, True)):
+        for options in all_options:
             flags = {"REDUCE": reduce, "GRADIENT": gradient, "HAS_CAP": options, "HAS_BIAS": True, "HAS_SHARE": options}
             constants = flags | {"BLOCK": cross_entropy.ROW_BLOCK}
             yield Case(f"chunk {dtype}{_told(flags)}", cross_entropy.chunk_kernel, types, constants,

@@ -34,8 +34,8 @@ class LossTerms(NamedTuple):
 
 
 class CrossEntropy(NamedTuple):
-    """loss_sum: weighted sum, a scalar in the graph. Side outputs, detached, float32: ce_N = lse - z_target, unweighted;
-    is_correct_N bool; lse_N, the log-sum-exp of the allowed logits."""
+    """loss_sum: weighted sum, a scalar in the graph. Side outputs, detached, float32: ce_N = lse - z_target, without
+    weights; is_correct_N bool; lse_N, the log-sum-exp of the allowed logits."""
 
     loss_sum: torch.Tensor
     ce_N: torch.Tensor

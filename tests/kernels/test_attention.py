@@ -205,17 +205,35 @@ def test_kernels_by_name(op, monkeypatch):
         ops.choose_kernels(op, "cuda", "cpu")
 
 
-@pytest.mark.parametrize("error, chosen", [(1e-6, "triton"), (0.5, "reference"), (ImportError("no triton"), "reference")])
-def test_kernels_run_on_a_gpu_where_they_agree_with_the_reference(error, chosen, monkeypatch):
+@pytest.mark.parametrize("error", [1e-6, 0.5, ImportError("no triton")])
+def test_kernels_run_on_a_gpu_where_they_agree_with_the_reference(error, monkeypatch):
+    """Also where the first call comes from an evaluation, without gradients."""
+
     def self_check(device):
+        assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         if isinstance(error, Exception):
             raise error
         return error
 
     monkeypatch.setattr(ops, "_triton", lambda op: types.SimpleNamespace(self_check=self_check))
     ops.choose_kernels.cache_clear()
-    assert ops.choose_kernels("masking", "auto", "cuda")[0] == chosen
+    with torch.inference_mode():
+        name, why = ops.choose_kernels("masking", "auto", "cuda")
     ops.choose_kernels.cache_clear()
+    assert (name, why) == {
+        "1e-06": ("triton", "agrees with the reference here"),
+        "0.5": ("reference", "not triton: it differs from the reference by 5.0e-01"),
+        "no triton": ("reference", "not triton: ImportError: no triton (install the triton that this torch names)"),
+    }[str(error)]
+
+
+@pytest.mark.parametrize("name, mask", [("sdpa", mask) for mask in (ops.Full, ops.Causal, ops.Segments)]
+                         + [("flash_attn_2", ops.Segments)])  # fmt: skip
+def test_the_check_before_first_use_passes_what_is_right_and_sees_what_is_wrong(name, mask, calls):
+    backend = ops.ATTENTION_BACKENDS[name]
+    assert ops._attention_error(backend, "cpu", torch.bfloat16, 64, mask) < 1e-2
+    wrong = types.SimpleNamespace(run=lambda q, k, v, m: backend.run(q * 1.1, k, v, m))
+    assert ops._attention_error(wrong, "cpu", torch.bfloat16, 64, mask) > 2e-2
 
 
 def test_the_doctor_is_told_what_runs_and_why():
