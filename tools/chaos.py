@@ -117,7 +117,7 @@ class Storm:
             return {}
         self.random.choice(processes).send_signal(signal.SIGKILL)
         self._end(processes)
-        if fault == "damage" and (found := list_checkpoints(self.out)):
+        if fault == "damage" and len(found := list_checkpoints(self.out)) > 1:  # of one alone no run could go on
             damage(self.random.choice(sorted(found[-1].iterdir())), self.random)
         if fault != "disk":
             return {}

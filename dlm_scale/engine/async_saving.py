@@ -94,7 +94,7 @@ class Saver:
             return
         self.durable = (state, path)
         self._on_durable(state, path)
-        self._log.info("checkpoint %s is durable, %.2f s after training waited %.2f s for it", path.name,
+        self._log.info("checkpoint %s is durable, %.3f s after training waited %.3f s for it", path.name,
                        time.monotonic() - began, waited)
 
     def _fail(self, error: CheckpointError) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import traceback
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +84,9 @@ class Session:
             raise UsageError(refusals[0])
         return lock
 
-    def _gather(self, value: Any) -> list[Any]:
-        return [value] if self.control_group is None else all_gather_object(value, self.control_group)
+    def _gather(self, value: Any, group: Any = None) -> list[Any]:
+        """`value` of all ranks, over the control group unless another is given."""
+        return [value] if self.control_group is None else all_gather_object(value, group or self.control_group)
 
     def run(self, trainer: Trainer, data: Any, validation: Any, state: TrainState, checkpoint: Any) -> None:
         """Run the loop; write status.json, curves and the last line that says where everything lies."""
@@ -111,7 +111,9 @@ class Session:
             self.lock.release()
 
     def _open_saver(self, trainer: Trainer, durable: tuple[TrainState, Path] | None) -> Saver:
-        gather = self._gather if self.saving_group is None else partial(all_gather_object, group=self.saving_group)
+        def gather(value: Any) -> list[Any]:
+            self.watch.meet()
+            return self._gather(value, self.saving_group)
 
         def make_save(state: TrainState):
             return describe_save(trainer, state, self.out, self.documents, self.fingerprint, gather)

@@ -1,7 +1,7 @@
 """Who is where: each rank's phase and step, a heartbeat file a rank, and an end to a job that hangs.
 
 All ranks pass the same phases in the same order, so the rank that has entered the fewest is the one that the others
-wait for. One that has not even renewed its heartbeat for half of the time is frozen or dead.
+wait for; where several have, the one that has come to the fewest meetings behind training. One that has not even renewed its heartbeat for half of the time is frozen or dead.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Watchdog:
         self._on_hang, self._mark, self._between = on_hang, mark, between
         self._timeline: deque[tuple[str, Any]] = deque(maxlen=4096)
         self._place = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid(), "count": 0}
-        self._closed = threading.Event()
+        self._meetings, self._closed = 0, threading.Event()
         self.enter("start", 0)
         threading.Thread(target=self._run, name="watchdog", daemon=True).start()
 
@@ -49,6 +49,10 @@ class Watchdog:
         self._entered = time.monotonic()
         self._place = self._place | {"phase": phase, "step": step, "count": self._place["count"] + 1}
         self._timeline.append((phase, self._mark()))
+
+    def meet(self) -> None:
+        """This rank comes to a meeting behind training: another thread's, which writes a checkpoint."""
+        self._meetings += 1
 
     def where(self) -> str:
         return "{phase} after step {step}".format_map(self._place)
@@ -83,7 +87,8 @@ class Watchdog:
         return time.monotonic() - self._entered
 
     def _beat(self, has_fired: bool = False) -> None:
-        path, place = self._heartbeat(self._rank), self._place | {"seconds": self._stalled(), "has_fired": has_fired}
+        now = {"meetings": self._meetings, "seconds": self._stalled(), "has_fired": has_fired}
+        path, place = self._heartbeat(self._rank), self._place | now
         try:
             path.with_suffix(".tmp").write_text(json.dumps(place))
             os.replace(path.with_suffix(".tmp"), path)
@@ -132,8 +137,8 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def describe_hang(places: dict[int, dict[str, Any]], frozen: list[int], timeout: float) -> str:
     """One line that names the ranks that hang, and where the others wait."""
-    fewest = min((place["count"] for place in places.values()), default=0)
-    culprits = frozen or [rank for rank, place in places.items() if place["count"] == fewest]
+    passed = {rank: (place["count"], place["meetings"]) for rank, place in places.items()}
+    culprits = frozen or [rank for rank, found in passed.items() if found == min(passed.values())]
     what = "frozen or dead (no heartbeat)" if frozen else "hanging"
     named = "; ".join("rank {rank} (process {pid} on {host}) in {phase} after step {step}".format_map(places[rank])
                       for rank in culprits[:8])

@@ -185,13 +185,16 @@ def test_a_disk_that_hangs_is_named_as_a_save(config_file, tmp_path):
 
 
 def test_who_has_entered_the_fewest_phases_is_the_one_that_hangs():
-    def place(rank, phase, count):
-        return {"rank": rank, "host": "n", "pid": rank, "step": 7, "phase": phase, "count": count}
+    def place(rank, phase, count, meetings=4):
+        return {"rank": rank, "host": "n", "pid": rank, "step": 7, "phase": phase, "count": count,
+                "meetings": meetings}
 
     places = {0: place(0, "backward", 9), 1: place(1, "forward", 8), 2: place(2, "backward", 9)}
     assert "hanging: rank 1 (process 1 on n) in forward after step 7; the other ranks wait in backward" in \
         describe_hang(places, [], 3.0)
     assert "frozen or dead (no heartbeat): rank 2 " in describe_hang(places, [2], 3.0)
+    saving = {0: place(0, "save", 9), 1: place(1, "save", 9, meetings=3), 2: place(2, "save", 9)}
+    assert "hanging: rank 1 (process 1 on n) in save after step 7; the other" in describe_hang(saving, [], 3.0)
 
 
 def test_a_run_that_ends_well_leaves_no_stacks(undisturbed):
