@@ -1,8 +1,12 @@
-"""Checkpoints written behind training: copied to the host while it waits, written while it goes on."""
+"""Checkpoints written behind training: copied to the host before the next update, written while training goes on.
+
+Forward and backward passes change nothing that is saved, so training waits for the copy only where it would update.
+"""
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,7 +37,8 @@ class Saver:
                  before: Callable[[], None], on_durable: Callable[[TrainState, Path], None]):
         self._trainer, self._make_save, self._before, self._on_durable = trainer, make_save, before, on_durable
         self.durable, self.failures = durable, 0
-        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writer, self._copied, self._waited = ThreadPoolExecutor(1, "checkpoint"), threading.Event(), 0.0
+        self._copied.set()
         self._in_flight: Future | None = None
         self._buffers: list[torch.Tensor] = []
         if trainer.config.train.async_save:
@@ -41,18 +46,25 @@ class Saver:
         self._log = logging.getLogger("dlm_scale")
 
     def start(self, state: TrainState) -> None:
-        """Save `state`, unless it is saved: training waits for the copy, or for all where `train.async_save` is off.
-        Collective."""
+        """Save `state`, unless it is saved. It may change after `before_update`; where `train.async_save` is off, it is
+        on the disk when this returns. Collective."""
         self.wait()
         if self._is_durable(state):
             return
-        began, save, pieces = time.monotonic(), self._make_save(state), self._trainer.state_access.pieces()
-        is_async = self._trainer.config.train.async_save
-        if is_async:
-            pieces = on_host(pieces, self._buffers)
-        self._in_flight = self._writer.submit(self._write, save, pieces, state, began, time.monotonic() - began)
+        began, is_async = time.monotonic(), self._trainer.config.train.async_save
+        save, pieces = self._make_save(state), list(self._trainer.state_access.pieces())
+        copy = _copy_behind(pieces, self._buffers) if is_async else lambda: pieces
+        self._copied.clear()
+        self._in_flight = self._writer.submit(self._write, save, copy, state, began)
         if not is_async:
             self.wait()
+        self._waited = time.monotonic() - began
+
+    def before_update(self) -> None:
+        """Wait until what is being saved has been copied: now the state may change."""
+        began = time.monotonic()
+        self._copied.wait()
+        self._waited += time.monotonic() - began
 
     def wait(self) -> None:
         """For the save in flight. Raises what is no failure of a save, as the death of another rank."""
@@ -84,7 +96,11 @@ class Saver:
     def _is_durable(self, state: TrainState) -> bool:
         return self.durable is not None and self.durable[0] == state
 
-    def _write(self, save: Save, pieces: Iterable[Piece], state: TrainState, began: float, waited: float) -> None:
+    def _write(self, save: Save, copy: Callable[[], Iterable[Piece]], state: TrainState, began: float) -> None:
+        try:
+            pieces = copy()
+        finally:
+            self._copied.set()
         try:
             self._before()
             plan = plan_save(save, pieces)
@@ -95,7 +111,7 @@ class Saver:
         self.durable = (state, path)
         self._on_durable(state, path)
         self._log.info("checkpoint %s is durable, %.3f s after training waited %.3f s for it", path.name,
-                       time.monotonic() - began, waited)
+                       time.monotonic() - began, self._waited)
 
     def _fail(self, error: CheckpointError) -> None:
         self.failures += 1
@@ -103,6 +119,20 @@ class Saver:
 
     def _last_good(self) -> str:
         return str(self.durable[1]) if self.durable else "none"
+
+
+def _copy_behind(pieces: list[Piece], buffers: list[torch.Tensor]) -> Callable[[], Iterable[Piece]]:
+    """`on_host`, to be called by another thread: on a GPU on a stream of its own, from what is computed by now."""
+    if not pieces or not pieces[0].tensor.is_cuda:
+        return lambda: on_host(pieces, buffers)
+    stream = torch.cuda.Stream(pieces[0].tensor.device)
+    stream.wait_stream(torch.cuda.current_stream(stream.device))
+
+    def copy() -> Iterable[Piece]:
+        with torch.cuda.stream(stream):
+            return on_host(pieces, buffers)
+
+    return copy
 
 
 def on_host(pieces: Iterable[Piece], buffers: list[torch.Tensor]) -> Iterable[Piece]:
@@ -119,7 +149,7 @@ def on_host(pieces: Iterable[Piece], buffers: list[torch.Tensor]) -> Iterable[Pi
             buffers[number].copy_(tensor, non_blocking=True)
             copies.append(replace(piece, tensor=buffers[number]))
         if copies and tensor.is_cuda:
-            torch.cuda.synchronize()
+            torch.cuda.current_stream(tensor.device).synchronize()
         return copies
     except Exception as error:
         return _raising(error)

@@ -51,7 +51,7 @@ def train_loop(trainer: Trainer, data: Any, validation: Any, state: TrainState, 
             batch = upcoming.result()
             following = state.advanced(train.global_batch_size)
             upcoming = ahead.submit(make_batch, trainer, data, following)
-            result = train_step(trainer, batch, state, watch.enter)
+            result = train_step(trainer, batch, state, watch.enter, saver.before_update)
             watch.enter("log")
             health.check_step(result, state)
             if _due(following.step, train.log_every, last_step):

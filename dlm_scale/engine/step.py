@@ -69,11 +69,13 @@ def make_batch(trainer: Trainer, data, state: TrainState) -> list[Corrupted]:
 
 
 def train_step(trainer: Trainer, batch: Sequence[Corrupted], state: TrainState,
-               enter: Callable[[str], None] = lambda phase: None) -> dict[str, Any]:
+               enter: Callable[[str], None] = lambda phase: None,
+               before_update: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Accumulate gradients over `batch`, clip by the global norm, update the weights.
 
     A loss or gradient that is not finite on any rank makes the norm so, which all ranks share: then all of them leave
-    weights and optimizer as they are. `enter` is told each phase as it begins.
+    weights and optimizer as they are. `enter` is told each phase as it begins; until `before_update` is called, nothing
+    of the training state changes.
 
     Returns device tensors, not yet summed over ranks: `sums` float64 [1 + len(STATS)] (loss sum first), `losses`, the
     loss sums of the micro-batches, and `grad_norm`, the true global norm before clipping; and `is_skipped`.
@@ -95,6 +97,7 @@ def train_step(trainer: Trainer, batch: Sequence[Corrupted], state: TrainState,
         engine.backward(loss_sum * scale, scale_wrt_gas=False)
         if engine.is_gradient_accumulation_boundary():
             enter("update")
+            before_update()
             norm = clip_by_global_norm(trainer, trainer.config.optimizer.gradient_clip)
             is_skipped = prepare_update(trainer, norm, factor)
         engine.step()

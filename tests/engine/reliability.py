@@ -99,10 +99,10 @@ def on_step(step: int, act: Callable[[], Any]) -> None:
 
     train_step = loop.train_step
 
-    def changed(trainer, batch, state, enter):
+    def changed(trainer, batch, state, *hooks):
         if state.step == step:
             act()
-        return train_step(trainer, batch, state, enter)
+        return train_step(trainer, batch, state, *hooks)
 
     loop.train_step = changed
 
@@ -113,9 +113,9 @@ def break_losses(steps: range | set[int], value: float = float("nan")) -> None:
 
     objective, train_step, place = step.masked_diffusion, loop.train_step, {}
 
-    def remembering(trainer, batch, state, enter):
+    def remembering(trainer, batch, state, *hooks):
         place["step"] = state.step + 1
-        return train_step(trainer, batch, state, enter)
+        return train_step(trainer, batch, state, *hooks)
 
     def broken(engine, corrupted):
         loss_sum, stats = objective(engine, corrupted)

@@ -59,12 +59,27 @@ def test_what_is_saved_is_the_state_at_the_start_of_the_save(case):
     case.gate.clear()
     case.tensor.fill_(1.0)
     case.saver.start(TrainState(1, 8))
+    case.saver.before_update()
     case.tensor.fill_(2.0)  # training goes on
     assert case.saver.durable is None
     case.gate.set()
     case.saver.wait()
     assert case.saver.durable[0] == TrainState(1, 8) and case.held(case.saver.durable[1]) == [1.0] * 4
     assert case.said == ["before", "step_00000001"]
+
+
+def test_an_update_waits_for_the_copy(case, monkeypatch):
+    copy, gate = async_saving.on_host, threading.Event()
+    monkeypatch.setattr(async_saving, "on_host", lambda *args: gate.wait(30) and copy(*args))
+    case.saver.start(TrainState(1, 8))
+    update = threading.Thread(target=case.saver.before_update)
+    update.start()
+    update.join(0.2)
+    assert update.is_alive()
+    gate.set()
+    update.join(10)
+    assert not update.is_alive()
+    case.saver.before_update()  # nothing is being copied: at once
 
 
 def test_a_save_waits_for_the_one_before(case):

@@ -27,6 +27,6 @@ def training_rows(folder: Path, seconds: float = 1200, width: int = 32, seed: in
     if done.returncode:
         raise RuntimeError(done.stderr[-4000:])
     found = json.loads(done.stdout.splitlines()[-1])
-    return {name: Figure(max(total, counts[name]) if name not in ("soak", "stall") else 1, tuple(failures),
+    return {name: Figure(total if name in ("soak", "stall") else max(total, counts[name]), tuple(failures),
                          tuple((k, str(v)) for k, v in notes.items()))
             for name, (total, failures, notes) in found.items()}
