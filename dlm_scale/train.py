@@ -10,6 +10,8 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +37,11 @@ def run(args: argparse.Namespace) -> int:
     check_layout(world, config.parallel.tensor_parallel_size)
     resolve_batch(config, world // config.parallel.tensor_parallel_size)
     data, validation = open_datasets(config)
-    checkpoint = find_resume_point(config, data)
+    check_resume_point(config, data)
     from dlm_scale.engine.session import RunFailed
 
     try:
-        train(config, data, validation, checkpoint)
+        train(config, data, validation)
     except RunFailed as failure:
         return _leave(failure.code, world)
     return 0
@@ -67,37 +69,47 @@ def open_datasets(config: Any) -> tuple[Any, Any]:
     return data, validation
 
 
-def find_resume_point(config: Any, data: Any) -> Any:
-    """The newest good checkpoint of train.out, or else that of train.branch_from, checked against this config and data;
-    None to start anew."""
-    from dlm_scale.checkpoint.folders import find_checkpoint, list_checkpoints
+def check_resume_point(config: Any, data: Any) -> None:
+    """Make train.out, and refuse a run that does not fit what is there; sizes alone are checked here, not contents."""
+    from dlm_scale.checkpoint.folders import inspect_checkpoint, list_checkpoints
     from dlm_scale.engine.run_folder import prepare_folder
 
     out = Path(config.train.out)
-    has_checkpoint = bool(list_checkpoints(out))
-    prepare_folder(out, config.train.resume, has_checkpoint or bool(config.train.branch_from))
-    if not has_checkpoint:
-        return find_branch_point(config, data) if config.train.branch_from else None
-    path, skipped = find_checkpoint(out)
-    if is_first_rank():
-        for message in skipped:
-            print(f"dlm: warning: {message}", file=sys.stderr)
+    prepare_folder(out, config.train.resume, bool(list_checkpoints(out) or config.train.branch_from))
+    find_resume_point(config, data, partial(inspect_checkpoint, with_hash=False))
+
+
+def find_resume_point(config: Any, data: Any, inspect: Callable, say: Callable[[str], None] = lambda text: None) -> Any:
+    """The newest checkpoint of train.out, or else that of train.branch_from, that `inspect` finds good, checked against
+    this config and data; None to start anew. `say` is told why newer ones are passed over."""
+    from dlm_scale.checkpoint.folders import find_checkpoint, list_checkpoints
     from dlm_scale.checkpoint.reader import open_checkpoint
 
-    checkpoint = open_checkpoint(path, verify=False)  # find_checkpoint has just hashed it
+    out = Path(config.train.out)
+    if not list_checkpoints(out):
+        return find_branch_point(config, data, inspect) if config.train.branch_from else None
+    path, skipped = find_checkpoint(out, inspect)
+    for message in skipped:
+        say(message)
+    checkpoint = open_checkpoint(path, verify=False)  # inspected just now
     check_same_run(checkpoint, config, data)
     return checkpoint
 
 
-def find_branch_point(config: Any, data: Any) -> Any:
+def say_on_first_rank(message: str) -> None:
+    if is_first_rank():
+        print(f"dlm: warning: {message}", file=sys.stderr)
+
+
+def find_branch_point(config: Any, data: Any, inspect: Callable) -> Any:
     """The checkpoint that train.branch_from names. Raises UsageError where its state does not fit this config."""
     from dlm_scale.checkpoint.folders import find_checkpoint
     from dlm_scale.checkpoint.reader import open_checkpoint
     from dlm_scale.config import config_difference, config_from_text
     from dlm_scale.data.meta import TOKENIZER_DOCUMENT
 
-    path, _ = find_checkpoint(Path(config.train.branch_from))
-    checkpoint = open_checkpoint(path, verify=False)  # find_checkpoint has just hashed it
+    path, _ = find_checkpoint(Path(config.train.branch_from), inspect)
+    checkpoint = open_checkpoint(path, verify=False)  # inspected just now
     old = config_from_text(checkpoint.document("config.yaml").decode(), f"{path}/config.yaml")
     wrong = [f"{key}: {a} -> {b}" for key, (a, b) in config_difference(old, config).items()
              if key.startswith("model.") or key == "optimizer.name"]
@@ -126,20 +138,24 @@ def check_same_run(checkpoint: Any, config: Any, data: Any) -> None:
                          "on would mix two runs; restore these keys, or choose another train.out")
 
 
-def train(config: Any, data: Any, validation: Any, checkpoint: Any) -> None:
+def train(config: Any, data: Any, validation: Any) -> None:
     """Join the world, build the engine, run the loop, leave the run folder complete.
 
-    Raises UsageError where another job has the folder, and RunFailed, which has been said, for whatever ends the run.
+    Raises UsageError where another job has the folder, or no checkpoint of it is good, and RunFailed, which has been
+    said, for whatever ends the run.
     """
+    from dlm_scale.checkpoint.folders import inspect_together
     from dlm_scale.engine.build import build_trainer
     from dlm_scale.engine.runtime import start_runtime, stop_runtime
-    from dlm_scale.engine.saving import restore, start_fresh
+    from dlm_scale.engine.saving import all_gather_object, restore, start_fresh
     from dlm_scale.engine.session import Session
     from dlm_scale.parallel.roll_call import naming_lost_ranks
 
     # The watchdog, which names the rank that hangs, comes before the time limit of the collectives.
     timeout = config.train.hang_timeout_seconds + COLLECTIVES_WAIT_LONGER_SECONDS
     runtime = start_runtime(config.train.device, config.parallel.tensor_parallel_size, timeout)
+    inspect = inspect_together(runtime.env.rank, runtime.env.world_size, all_gather_object)
+    checkpoint = find_resume_point(config, data, inspect, say_on_first_rank)
     session = Session(config, runtime, data)
     try:
         trainer = build_trainer(config, runtime, data.vocabulary)

@@ -11,13 +11,15 @@ import os
 import re
 import secrets
 import shutil
+from itertools import chain
 from pathlib import Path
-from typing import Iterable
+from typing import Any, Callable, Iterable
 
 from dlm_scale.checkpoint.manifest import MANIFEST_NAME, Manifest, check_file, read_manifest
 from dlm_scale.errors import UsageError
 
 TRASH = ".trash-"
+Inspect = Callable[[Path], tuple[Manifest | None, list[str]]]
 VISIBLE = re.compile(r"step_(\d{8,15})(\.old-[0-9a-f]{8})?")
 
 
@@ -37,19 +39,20 @@ def list_checkpoints(run: Path) -> list[Path]:
     return [folder / name for _, _, name in sorted(found)]
 
 
-def inspect_checkpoint(folder: Path, *, with_hash: bool = True) -> tuple[Manifest | None, list[str]]:
+def inspect_checkpoint(folder: Path, *, with_hash: bool = True, share: tuple[int, int] = (0, 1)) \
+        -> tuple[Manifest | None, list[str]]:
     """The manifest of a checkpoint folder, and a line for everything that is wrong with it; no line: it is good.
 
-    Sizes are always checked, contents `with_hash`.
+    Sizes are always checked, contents `with_hash`; of share (k, n) only those of every n-th file from the k-th on.
     """
     try:
         manifest = read_manifest(folder)
     except UsageError as error:
         return None, [str(error)]
     problems = []
-    for name in sorted(manifest.files):
+    for number, name in enumerate(sorted(manifest.files)):
         try:
-            check_file(folder, manifest, name, with_hash=with_hash)
+            check_file(folder, manifest, name, with_hash=with_hash and number % share[1] == share[0])
         except UsageError as error:
             problems.append(str(error))
     if len(problems) > 1:  # rarely all at once by themselves
@@ -57,8 +60,24 @@ def inspect_checkpoint(folder: Path, *, with_hash: bool = True) -> tuple[Manifes
     return manifest, problems
 
 
-def find_checkpoint(path: Path) -> tuple[Path, list[str]]:
-    """The checkpoint to use for `path`, a run folder or one checkpoint folder, every file of it hashed.
+def inspect_together(rank: int, world_size: int, gather: Callable[[Any], list]) -> Inspect:
+    """As `inspect_checkpoint`, but each rank hashes a share of the files, and all get all lines. Collective.
+
+    `gather(value)` gives the values of all ranks in rank order.
+    """
+    def inspect(folder: Path) -> tuple[Manifest | None, list[str]]:
+        manifest, problems = inspect_checkpoint(folder, share=(rank, world_size))
+        found = gather((folder.name, problems))
+        if {name for name, _ in found} != {folder.name}:
+            raise UsageError(f"the ranks see different checkpoints in {folder.parent} ({found[0][0]}, {folder.name}): the"
+                             " file system lags behind, or another job writes there; start again")
+        return manifest, list(dict.fromkeys(chain.from_iterable(lines for _, lines in found)))
+
+    return inspect
+
+
+def find_checkpoint(path: Path, inspect: Inspect = inspect_checkpoint) -> tuple[Path, list[str]]:
+    """The checkpoint to use for `path`, a run folder or one checkpoint folder, every file of it hashed by `inspect`.
 
     Returns its folder, and for a run folder a message for each newer checkpoint that was skipped and why.
     Raises UsageError when there is no good one.
@@ -67,7 +86,7 @@ def find_checkpoint(path: Path) -> tuple[Path, list[str]]:
     candidates = resolve_checkpoints(path)
     messages = []
     for candidate in reversed(candidates):
-        _, problems = inspect_checkpoint(candidate)
+        _, problems = inspect(candidate)
         if not problems:
             return candidate, messages
         messages.append(f"checkpoint {candidate} is damaged: {'; '.join(problems)}")

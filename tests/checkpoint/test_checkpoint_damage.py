@@ -10,7 +10,7 @@ import pytest
 import torch
 import xxhash
 
-from dlm_scale.checkpoint.folders import find_checkpoint, inspect_checkpoint, list_checkpoints
+from dlm_scale.checkpoint.folders import find_checkpoint, inspect_checkpoint, inspect_together, list_checkpoints
 from dlm_scale.checkpoint.reader import open_checkpoint
 from dlm_scale.errors import UsageError
 from tests.forked import run_ranks
@@ -141,6 +141,22 @@ def test_the_newest_good_checkpoint_is_found_and_the_others_named(tmp_path, sim)
     for path in (tmp_path, folders[2]):
         with pytest.raises(UsageError, match="no good checkpoint in .*rank_0000"):
             find_checkpoint(path)
+
+
+def test_ranks_share_the_hashing_and_all_learn_of_every_damage(pristine, tmp_path):
+    victim = shutil.copytree(pristine, tmp_path / "step_00000007")
+    names = sorted(path.name for path in pristine.iterdir() if path.name != "manifest.json")
+    for name in names:
+        data = (victim / name).read_bytes()
+        (victim / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        shares = [inspect_checkpoint(victim, share=(rank, 3))[1] for rank in range(3)]
+        assert sum(bool(lines) for lines in shares) == 1  # each file is hashed by one rank
+        found = [inspect_together(rank, 3, lambda value: [(value[0], lines) for lines in shares])(victim)[1]
+                 for rank in range(3)]
+        assert found[0] == found[1] == found[2] and [name in line for line in found[0]] == [True]
+        (victim / name).write_bytes(data)
+    with pytest.raises(UsageError, match="see different checkpoints.*step_00000006, step_00000007"):
+        inspect_together(0, 2, lambda value: [("step_00000006", []), value])(victim)
 
 
 def test_paths_that_hold_no_checkpoint_are_refused(tmp_path):

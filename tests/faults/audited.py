@@ -27,6 +27,7 @@ import torch
 import yaml
 
 from dlm_scale import cli, train
+from dlm_scale.checkpoint.folders import inspect_checkpoint
 from dlm_scale.checkpoint.folders import find_checkpoint
 from dlm_scale.checkpoint.reader import open_checkpoint, weights_hash
 from dlm_scale.config import load_config
@@ -93,7 +94,7 @@ def infer(scene: Scene) -> None:
 def resume(scene: Scene) -> None:
     config = load_config(scene.specimen.config)
     data, _ = train.open_datasets(config)
-    train.find_resume_point(config, data)
+    train.find_resume_point(config, data, inspect_checkpoint)
 
 
 def tokenizer_of_data(scene: Scene) -> None:

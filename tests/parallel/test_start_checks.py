@@ -90,7 +90,7 @@ def _train_on_own_data(folder) -> str:
         (folder / name).mkdir(exist_ok=True)
     own = case_config(train__seed=5 + int(os.environ["RANK"]))
     try:
-        train(config, data_of(own), None, None)
+        train(config, data_of(own), None)
     except RuntimeError as error:
         return str(error)
     return ""
