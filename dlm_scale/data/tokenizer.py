@@ -8,10 +8,12 @@ from __future__ import annotations
 import base64
 import difflib
 import hashlib
+import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,10 @@ GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 GPT2_RANKS = 50256
 GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 GPT2_FILE, CHAR_FILE, HF_FILE = "gpt2.tiktoken", "characters.json", "tokenizer.json"
+SPECIAL_FILE = "special_tokens.json"
 MASK_TOKENS = ("<|mdm_mask|>", "<|mask|>", "[MASK]", "<mask>", "<MASK>")
 MAX_UNUSED_IDS = 1 << 16
+SPECIAL_NAME, MAX_SPECIAL = re.compile(r"<[^\s<>]{1,62}>|\[[^\s\[\]]{1,62}\]"), 256
 EOS_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "[SEP]")
 
 
@@ -37,6 +41,7 @@ class Tokenizer:
     """`encode(text)` gives int64 ids [L]; `decode(ids, mask_char="_")` gives text, the mask shown as `mask_char`.
 
     `files` maps file name to content. `eos_id` separates documents, None where the kind has no separator.
+    `special_ids` (name -> id) are tokens that no text is encoded to: a chat template writes them.
     """
 
     kind: str
@@ -45,6 +50,7 @@ class Tokenizer:
     files: Mapping[str, bytes]
     encode: Callable[[str], np.ndarray]
     _decode: Callable[[np.ndarray, str], str]
+    special_ids: Mapping[str, int] = field(default_factory=dict)
 
     def decode(self, ids: Any, mask_char: str = "_") -> str:
         return self._decode(np.asarray(ids, dtype=np.int64).reshape(-1), mask_char)
@@ -66,12 +72,21 @@ class Tokenizer:
         return sorted(self.files)
 
 
-def make_tokenizer(spec: str, texts: Iterable[str] = ()) -> Tokenizer:
+def make_tokenizer(spec: str, texts: Iterable[str] = (), special_tokens: Sequence[str] = ()) -> Tokenizer:
     """The tokenizer that `--tokenizer` names; `char` takes its vocabulary from `texts` (read only then).
 
     spec: `byte`, `char`, `gpt2`, a GPT-2 `.tiktoken` ranks file, a Hugging Face `tokenizer.json` (or its folder).
+    special_tokens: names to add behind the tokens of text; those that a tokenizer.json has keep their ids.
     Raises UsageError for anything else.
     """
+    made = _make(spec, texts)
+    if not special_tokens:
+        return made
+    special = json.dumps(_checked_names(special_tokens)).encode()
+    return KINDS[made.kind][0]({**made.files, SPECIAL_FILE: special})
+
+
+def _make(spec: str, texts: Iterable[str]) -> Tokenizer:
     path = Path(spec).expanduser()
     if spec == "byte":
         return _byte({})
@@ -105,6 +120,7 @@ def load_tokenizer(folder: str | Path, meta: Mapping[str, Any] | TokenizerMeta) 
         cause = "it was trained on synthetic tokens" if named.kind == "none" else f"kind {named.kind!r} is unknown"
         raise UsageError(f"{folder}: there is no tokenizer here that could read or write text: {cause}")
     build, names = KINDS[named.kind]
+    names = tuple(sorted((*names, SPECIAL_FILE))) if SPECIAL_FILE in named.files else names
     files = {name: _read(Path(folder) / name) for name in names}
     if named.files == names and _hash(named.kind, files) == named.hash:
         made = build(files)
@@ -128,14 +144,41 @@ def _read(path: Path) -> bytes:
         raise UsageError(f"tokenizer file {path}: {error.strerror}") from error
 
 
-def _by_runs(decode: Callable[[np.ndarray], str], mask_id: int) -> Callable[[np.ndarray, str], str]:
-    """A decoder for ids with masks, from one for ids without: each run between masks is decoded alone."""
+def _special_names(files: Mapping[str, bytes]) -> list[str]:
+    if SPECIAL_FILE not in files:
+        return []
+    names = parse_json(files[SPECIAL_FILE], SPECIAL_FILE, "is not JSON")
+    return _checked_names(parse(tuple[str, ...], names, SPECIAL_FILE))
+
+
+def _checked_names(names: Iterable[str]) -> list[str]:
+    names = list(names)
+    odd = [name for name in names if not SPECIAL_NAME.fullmatch(name)]
+    if odd or len(set(names)) < len(names) or len(names) > MAX_SPECIAL:
+        cause = f"{odd[0]!r} is none" if odd else "one stands twice" if len(names) <= MAX_SPECIAL else "too many"
+        raise UsageError(f"special tokens {names[:8]}: names in <...> or [...] without spaces, each once; {cause}")
+    return names
+
+
+def _finished(
+    kind: str, num_text_ids: int, eos_id: int | None, files: Mapping[str, bytes], encode: Callable[[str], np.ndarray],
+    decode: Callable[[np.ndarray], str],
+) -> Tokenizer:  # fmt: skip
+    """A tokenizer whose ids are those of text, 0 ... num_text_ids - 1, then its special tokens, then the mask.
+
+    `decode` takes ids of text alone; each run of them is decoded by itself.
+    """
+    special = {name: num_text_ids + number for number, name in enumerate(_special_names(files))}
+    names = list(special)
+    mask_id = num_text_ids + len(names)
 
     def decode_all(ids: np.ndarray, mask_char: str) -> str:
-        runs = np.split(ids, np.flatnonzero(ids == mask_id))
-        return mask_char.join(decode(run[run != mask_id]) for run in runs)
+        places = np.flatnonzero(ids >= num_text_ids)
+        runs = [run[run < num_text_ids] for run in np.split(ids, places)]
+        shown = [mask_char if ids[place] == mask_id else names[ids[place] - num_text_ids] for place in places]
+        return "".join(itertools.chain(*itertools.zip_longest(map(decode, runs), shown, fillvalue="")))
 
-    return decode_all
+    return Tokenizer(kind, Vocabulary(mask_id + 1, mask_id), eos_id, files, encode, decode_all, special)
 
 
 def _byte(files: Mapping[str, bytes]) -> Tokenizer:
@@ -147,7 +190,7 @@ def _byte(files: Mapping[str, bytes]) -> Tokenizer:
     def decode(ids: np.ndarray) -> str:
         return ids.astype(np.uint8).tobytes().decode(errors="replace")
 
-    return Tokenizer("byte", Vocabulary(257, 256), 0, files, encode, _by_runs(decode, 256))
+    return _finished("byte", 256, 0, files, encode, decode)
 
 
 def _char(files: Mapping[str, bytes]) -> Tokenizer:
@@ -171,8 +214,7 @@ def _char(files: Mapping[str, bytes]) -> Tokenizer:
     def decode(ids: np.ndarray) -> str:
         return "".join(characters[i] for i in ids)
 
-    mask_id = len(characters)
-    return Tokenizer("char", Vocabulary(mask_id + 1, mask_id), None, files, encode, _by_runs(decode, mask_id))
+    return _finished("char", len(characters), None, files, encode, decode)
 
 
 def _gpt2(files: Mapping[str, bytes]) -> Tokenizer:
@@ -193,9 +235,7 @@ def _gpt2(files: Mapping[str, bytes]) -> Tokenizer:
     def encode(text: str) -> np.ndarray:
         return bpe.encode_to_numpy(text, disallowed_special=()).astype(np.int64)
 
-    mask_id = GPT2_RANKS + 1
-    decode = _by_runs(lambda ids: bpe.decode(ids.tolist()), mask_id)
-    return Tokenizer("gpt2", Vocabulary(mask_id + 1, mask_id), GPT2_RANKS, files, encode, decode)
+    return _finished("gpt2", GPT2_RANKS + 1, GPT2_RANKS, files, encode, lambda ids: bpe.decode(ids.tolist()))
 
 
 def _gpt2_ranks() -> bytes:
@@ -221,6 +261,7 @@ def _hf(files: Mapping[str, bytes]) -> Tokenizer:
     bpe.no_padding()
     bpe.encode_special_tokens = True
     with _said_by_library():
+        chat = {name: _special_id(bpe, tokenizers, (name,)) for name in _special_names(files)}
         eos_id, mask_id = (_special_id(bpe, tokenizers, names) for names in (EOS_TOKENS, MASK_TOKENS))
     ids = set(bpe.get_vocab().values())
     if len(ids) != len(bpe.get_vocab()):
@@ -239,7 +280,7 @@ def _hf(files: Mapping[str, bytes]) -> Tokenizer:
         with _said_by_library():
             return np.array(bpe.encode(text, add_special_tokens=False).ids, dtype=np.int64)
 
-    return Tokenizer("hf", Vocabulary(size, mask_id, gaps), eos_id, files, encode, decode)
+    return Tokenizer("hf", Vocabulary(size, mask_id, gaps), eos_id, files, encode, decode, chat)
 
 
 @contextmanager
