@@ -24,8 +24,8 @@ from dlm_scale.engine.optimizer import rate_factor
 from dlm_scale.engine.state import TrainState
 from dlm_scale.engine.state_access import inner_optimizer
 
-STATS = ("nelbo_sum", "ce_sum", "num_masked", "num_correct")
-SUMS = ("loss_sum", *STATS, "num_maskable")
+SCALARS = ("loss_sum", "nelbo_sum", "ce_sum", "num_masked", "num_correct", "num_maskable")
+BINS = ("ce_sum_bins", "num_masked_bins")
 
 
 def rows_of_rank(trainer: Trainer) -> np.ndarray:
@@ -107,21 +107,20 @@ def train_step(trainer: Trainer, batch: Sequence[Corrupted], state: TrainState,
     A loss or gradient that is not finite on any rank makes the norm so, which all ranks share: then all of them leave
     weights and optimizer as they are. `enter` is told each phase as it begins.
 
-    Returns device tensors, not yet summed over ranks: `sums` float64 [len(SUMS)], `losses`, the loss sums of the
+    Returns device tensors, not yet summed over ranks: `sums`, float64, SCALARS then BINS; `losses`, the loss sums of the
     micro-batches, and `grad_norm`, the true global norm before clipping; `is_skipped`; and `denominator`.
     """
     engine, mesh = trainer.engine, trainer.runtime.mesh
     factor = rate_factor(state.step, trainer.config.train.num_steps, trainer.config.optimizer)
     for group in engine.optimizer.param_groups:
         group["lr"] = trainer.config.optimizer.learning_rate * factor
-    sums, losses = torch.zeros(len(SUMS), dtype=torch.float64, device=trainer.runtime.device), []
-    batch = with_denominator(trainer, batch)
+    sums, losses, batch = 0.0, [], with_denominator(trainer, batch)
     for corrupted in batch:
         enter("forward")
         corrupted = corrupted.to(trainer.runtime.device)
-        loss_sum, stats = masked_diffusion(engine, corrupted)
+        loss_sum, stats = masked_diffusion(engine, corrupted, trainer.config.diffusion.z_loss)
         found = {"loss_sum": loss_sum.detach(), **stats, "num_maskable": corrupted.num_maskable_B.sum()}
-        sums += torch.stack([found[name].double() for name in SUMS])
+        sums = sums + torch.cat([torch.stack([found[name].double() for name in SCALARS]), *(stats[b] for b in BINS)])
         losses.append(loss_sum.detach())
         enter("backward")
         # DeepSpeed averages gradients over the data-parallel ranks: undo that, and its division by the accumulation.
@@ -155,14 +154,17 @@ def loss_share(trainer: Trainer, result: dict[str, Any]) -> float:
     return float(sum(result["losses"])) / result["denominator"] / trainer.runtime.mesh.tensor_size
 
 
-def reduce_sums(trainer: Trainer, sums: torch.Tensor) -> dict[str, float]:
-    """Statistics of the global batch: loss and NELBO in nats a maskable token, mean CE and accuracy a masked one."""
+def reduce_sums(trainer: Trainer, sums: torch.Tensor) -> dict[str, Any]:
+    """Statistics of the global batch: loss (z-loss included) and NELBO in nats a maskable token, mean CE and accuracy a
+    masked one, and the mean CE by mask ratio, None where a bin is empty. Collective; `sums` become those of all ranks."""
     if trainer.runtime.mesh.data_size > 1:
         dist.all_reduce(sums, group=trainer.runtime.mesh.data_group)
-    loss, nelbo, ce, masked, correct, maskable = sums.tolist()
+    loss, nelbo, ce, masked, correct, maskable = sums[: len(SCALARS)].tolist()
+    ce_bins, num_bins = sums[len(SCALARS) :].view(len(BINS), -1).tolist()
     return {
         "loss": loss / max(1.0, maskable),
         "nelbo": nelbo / max(1.0, maskable),
         "masked_ce": ce / max(1.0, masked),
         "masked_accuracy": correct / max(1.0, masked),
+        "ce_by_mask_ratio": [ce / num if num else None for ce, num in zip(ce_bins, num_bins)],
     }

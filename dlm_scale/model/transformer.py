@@ -160,19 +160,20 @@ class HeadView:
         self.hidden_ND = hidden_ND
         self._head = head
 
-    def cross_entropy(self, target_N: torch.Tensor, weight_N: torch.Tensor):
-        """(weighted sum, ce [N], is_correct [N]) of the clean ids `target_N`."""
+    def cross_entropy(self, target_N: torch.Tensor, weight_N: torch.Tensor, z_loss: float = 0.0):
+        """(weighted sum and z-loss, ce [N], is_correct [N]) of the clean ids `target_N`."""
         head = self._head
         bias_V = head.local_bias(self.hidden_ND.device)
         return ops.linear_cross_entropy(
-            self.hidden_ND, head.weight, target_N, weight_N, bias_V, head.vocab_start, head.group
-        )
+            self.hidden_ND, head.weight, target_N, weight_N, bias_V, head.vocab_start, head.group,
+            ops.LossTerms(head.softcap, z_loss),
+        )  # fmt: skip
 
     def logits(self) -> torch.Tensor:
         """Float32 [N, V]; suppressed ids at -inf."""
         head = self._head
         bias_V = head.local_bias(self.hidden_ND.device)
-        return ops.linear_logits(self.hidden_ND, head.weight, bias_V, head.group)[:, : head.num_outputs]
+        return ops.linear_logits(self.hidden_ND, head.weight, bias_V, head.group, head.softcap)[:, : head.num_outputs]
 
     def log_probs(self) -> torch.Tensor:
         """Normalised float32 [N, V]."""
@@ -180,11 +181,12 @@ class HeadView:
 
 
 class Head(nn.Module):
-    """The output table: its own weight, or the input table's when tied (one parameter, two places)."""
+    """The output table: its own weight, or the input table's when tied (one parameter, two places); and the cap of the
+    logits, which all readings share."""
 
-    def __init__(self, table: nn.Module, vocabulary: Any, layers: Any):
+    def __init__(self, table: nn.Module, vocabulary: Any, layers: Any, softcap: float | None):
         super().__init__()
-        self.weight = table.weight
+        self.weight, self.softcap = table.weight, softcap
         self.group = layers.group
         self.num_outputs = vocabulary.num_outputs
         self.rows = table.weight.ds_shape[0] if hasattr(table.weight, "ds_shape") else table.weight.shape[0]
@@ -220,7 +222,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layers) for _ in range(config.num_layers))
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
         table = self.embedding if config.tied else layers.embedding(vocabulary.num_outputs, config.hidden_size)
-        self.head = Head(table, vocabulary, layers)
+        self.head = Head(table, vocabulary, layers, config.logit_softcap)
         self.select_rows, self.own_positions = layers.select_rows, layers.own_positions
 
     def forward(

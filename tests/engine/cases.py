@@ -67,7 +67,7 @@ MODELS = {  # names of model variants: what they change
     "base": {},
     "gqa": {"model__num_kv_heads": 2},
     "mqa": {"model__num_kv_heads": 1},
-    "gelu": {"model__mlp": "gelu"},
+    "gelu": {"model__mlp": "gelu", "model__logit_softcap": 2.0, "diffusion__z_loss": 0.1},
     "adaln": {"model__tied": True, "model__time_conditioning": "adaln"},
     "packed": {"model__time_conditioning": "adaln", "data__random_length_share": 0.5},  # see data_of
     "chars": {"data__synthetic_vocab_size": 37},  # all ranks but the first hold padding alone
@@ -227,7 +227,7 @@ def run_twin(config, steps: int) -> dict[str, Any]:
     lines, state = [], TrainState()
     for _ in range(steps):
         corrupted = whole_batch(config, data, state.step)
-        loss = masked_diffusion(model, corrupted)[0] / corrupted.denominator
+        loss = masked_diffusion(model, corrupted, config.diffusion.z_loss)[0] / corrupted.denominator
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.gradient_clip)
