@@ -115,6 +115,7 @@ class DataConfig(Section):
     train: Annotated[tuple[Source, ...], BeforeValidator(_sources), Field(min_length=1)]
     validation: Text | None = None
     synthetic_vocab_size: Annotated[int, Field(ge=2, lt=2**31)] | None = None
+    random_length_share: Ratio = 0.0  # of the training rows, cut to a length uniform on 1..seq_len
     skip_samples: Annotated[
         tuple[tuple[NonNegative, NonNegative], ...], BeforeValidator(_sample_ranges), AfterValidator(_ascending)
     ] = ()

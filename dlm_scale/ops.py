@@ -62,6 +62,9 @@ class Segments:
         flat = torch.arange(num_rows * length, device=self.cu_seqlens.device, dtype=torch.int32)
         return torch.bucketize(flat, self.cu_seqlens[1:], right=True).view(num_rows, length)
 
+    def to(self, device, non_blocking: bool = False) -> Segments:
+        return Segments(self.cu_seqlens.to(device, non_blocking=non_blocking))
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -92,6 +95,13 @@ def positions_BL(mask: AttentionMask, num_rows: int, length: int, device: torch.
         return position_L[None]
     flat_BL = torch.arange(num_rows * length, device=device).view(num_rows, length)
     return flat_BL - mask.cu_seqlens[mask.ids_BL(num_rows, length)].long()
+
+
+def segment_means(x_BL: torch.Tensor, mask: AttentionMask | None) -> torch.Tensor:
+    """Mean of each row [B], or with `Segments` of each segment [S]."""
+    if not isinstance(mask, Segments):
+        return x_BL.mean(dim=1)
+    return torch.segment_reduce(x_BL.flatten(), "mean", lengths=mask.cu_seqlens.diff().long())
 
 
 def _sdpa(q_BLHE, k_BLGE, v_BLGE, mask):

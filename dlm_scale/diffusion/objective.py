@@ -14,7 +14,7 @@ from dlm_scale.diffusion.corruption import Corrupted
 def masked_diffusion(hidden_fn: Callable, corrupted: Corrupted) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """(loss_sum, stats) of one micro-batch.
 
-    `hidden_fn(xt_BL, *, m_B, rows_N, readout)` runs the network and returns `readout(head)`;
+    `hidden_fn(xt_BL, *, m_B, rows_N, readout, attention)` runs the network and returns `readout(head)`;
     `head.cross_entropy(target_N, weight_N)` gives (weighted sum, ce_N in nats, is_correct_N). loss_sum is the local
     sum of weighted cross-entropies, before the denominator. stats: detached float64 scalars that add up over
     micro-batches and ranks: nelbo_sum (nats), ce_sum (unweighted nats), num_masked, num_correct.
@@ -24,7 +24,7 @@ def masked_diffusion(hidden_fn: Callable, corrupted: Corrupted) -> tuple[torch.T
         return head.cross_entropy(corrupted.target_N, corrupted.weight_N)
 
     loss_sum, ce_N, is_correct_N = hidden_fn(
-        corrupted.xt_BL, m_B=corrupted.m_B, rows_N=corrupted.rows_N, readout=readout
+        corrupted.xt_BL, m_B=corrupted.m_B, rows_N=corrupted.rows_N, readout=readout, attention=corrupted.attention
     )
     ce_N = ce_N.detach().double()
     stats = {
