@@ -52,6 +52,8 @@ def inspect_checkpoint(folder: Path, *, with_hash: bool = True) -> tuple[Manifes
             check_file(folder, manifest, name, with_hash=with_hash)
         except UsageError as error:
             problems.append(str(error))
+    if len(problems) > 1:  # rarely all at once by themselves
+        problems.append(f"or {MANIFEST_NAME} is another checkpoint's")
     return manifest, problems
 
 

@@ -12,9 +12,3 @@ def specimen(tmp_path_factory):
     return make_specimen(tmp_path_factory.mktemp("specimen"))
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """The fault campaign is still growing: it runs by `make test PYTEST_ARGS='-m slow tests/faults'`, not in CI."""
-    for item in items:
-        if "tests/faults" in item.path.as_posix():
-            item.add_marker(pytest.mark.slow)
