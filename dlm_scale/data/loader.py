@@ -192,11 +192,11 @@ def _mixture(
         return members[member].take(row_of(own_B, members[member].num_rows, seed, member))
 
     def rows(sample_B: np.ndarray) -> np.ndarray | Rows:
+        if len(members) == 1:
+            return assemble(take(0, sample_B))
         member_B, own_B = schedule.locate(sample_B)
         at = [np.flatnonzero(member_B == k) for k in range(len(members))]
         parts = {k: take(k, own_B[at_k]) for k, at_k in enumerate(at) if at_k.size}
-        if len(parts) == 1:
-            return assemble(*parts.values())
         whole = tuple(np.empty((len(member_B), a.shape[1]), a.dtype) for a in next(iter(parts.values())))
         for k, part in parts.items():
             for out, array in zip(whole, part, strict=True):

@@ -90,9 +90,7 @@ def micro_batch(trainer: Trainer, data, sample_B: np.ndarray, t_B: np.ndarray) -
 
 
 def with_denominator(trainer: Trainer, batch: Sequence[Corrupted]) -> list[Corrupted]:
-    """The micro-batches with the global batch's maskable positions. Collective if they are not known beforehand."""
-    if batch[0].denominator is not None:
-        return list(batch)
+    """The micro-batches with the global batch's maskable positions. Collective."""
     mine = float(sum(corrupted.num_maskable_B.sum() for corrupted in batch))
     count = torch.tensor(mine, dtype=torch.float64, device=trainer.runtime.device)
     if trainer.runtime.mesh.data_size > 1:
@@ -117,10 +115,12 @@ def train_step(trainer: Trainer, batch: Sequence[Corrupted], state: TrainState,
     for group in engine.optimizer.param_groups:
         group["lr"] = trainer.config.optimizer.learning_rate * factor
     sums, losses = torch.zeros(len(SUMS), dtype=torch.float64, device=trainer.runtime.device), []
-    batch = with_denominator(trainer, batch)
+    if batch[0].denominator is None:
+        enter("agree")
+        batch = with_denominator(trainer, batch)
     for corrupted in batch:
         enter("forward")
-        corrupted = corrupted.to(trainer.runtime.device)
+        corrupted = corrupted.to(trainer.runtime.device, non_blocking=True)
         loss_sum, stats = masked_diffusion(engine, corrupted)
         found = {"loss_sum": loss_sum.detach(), **stats, "num_maskable": corrupted.num_maskable_B.sum()}
         sums += torch.stack([found[name].double() for name in SUMS])
