@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from dlm_scale.data.mixture import Mixture, mix
 from dlm_scale.data.order import row_of
 from dlm_scale.data.packing import VERSION as packing_version
 from dlm_scale.data.packing import open_plan
-from dlm_scale.data.rows import PackedDocuments, Windows, assemble, pad_id_of, refuse_id
+from dlm_scale.data.rows import PackedDocuments, Windows, assemble, merge, pad_id_of, refuse_id, windows_of
+from dlm_scale.data.sharded import ShardedRows
+from dlm_scale.data.stream import ShardStream
 from dlm_scale.data.tokenizer import load_tokenizer
 from dlm_scale.data.vocabulary import Vocabulary
 from dlm_scale.diffusion.rng import Stream, philox
@@ -35,26 +38,31 @@ class TrainingData:
     """`rows(sample_B)` gives int64 [B, L], or where documents are packed `Rows`, for global sample indices, the same on
     every rank and in every batch.
 
-    `num_rows` is one epoch (summed over the members of a mixture); `fingerprint` identifies the tokens and what rows
-    they make, wherever their files lie; `tokenizer_meta` is what a checkpoint keeps; `folder` holds the tokenizer
-    (None: synthetic).
+    `num_rows` is one epoch (summed over the members of a mixture; None: not known yet); `fingerprint` identifies the
+    tokens and what rows they make, wherever their files lie; `tokenizer_meta` is what a checkpoint keeps; `folder`
+    holds the tokenizer (None: synthetic). Where `is_growing`, `rows` may wait for long, until `close` is called.
     """
 
     tokenizer_meta: TokenizerMeta
     folder: Path | None
     fingerprint: str
-    num_rows: int
+    num_rows: int | None
     rows: Callable[[np.ndarray], np.ndarray | Rows]
+    is_growing: bool = False
+    close: Callable[[], None] = lambda: None
 
     @property
     def vocabulary(self) -> Vocabulary:
         return self.tokenizer_meta.vocabulary
 
 
-def open_data(source: str | Sequence[Any], seq_len: int, seed: int, packing: str = "none") -> TrainingData:
+def open_data(
+    source: str | Sequence[Any], seq_len: int, seed: int, packing: str = "none", order: str = "shuffled"
+) -> TrainingData:
     """Training data of `data.train`: a prefix, `synthetic:VOCAB_SIZE`, or a list of (path, weight). UsageError.
 
-    The members of a list are objects with these attributes, or mappings with these keys. `packing` is a key of PACKING.
+    The members of a list are objects with these attributes, or mappings with these keys. `packing` is a key of PACKING,
+    `order` of ORDERS.
     """
     if isinstance(source, str):
         kind, _, size = source.partition(":")
@@ -62,7 +70,7 @@ def open_data(source: str | Sequence[Any], seq_len: int, seed: int, packing: str
             return _synthetic(size, seq_len, seed)
         source = [{"path": source, "weight": 1.0}]
     members = [m if isinstance(m, Mapping) else vars(m) for m in source]
-    return _indexed([m["path"] for m in members], [m["weight"] for m in members], seq_len, seed, packing)
+    return ORDERS[order]([m["path"] for m in members], mix([m["weight"] for m in members]), seq_len, seed, packing)
 
 
 def open_split(prefix: str | Path) -> tuple[DatasetMeta, str, IndexedDataset]:
@@ -150,14 +158,12 @@ class ValidationData:
 
 
 def _windows(data: IndexedDataset, meta: DatasetMeta, seq_len: int) -> Windows:
-    num_windows = len(data.tokens) // seq_len
-    if not num_windows:
+    if len(data.tokens) < seq_len:
         raise UsageError(
             f"{data.bin_path}: {len(data.tokens)} tokens are fewer than one window of model.seq_len={seq_len}."
             " Prepare more text, or lower seq_len"
         )
-    ids_WL = data.tokens[: num_windows * seq_len].reshape(num_windows, seq_len)
-    return Windows(data.bin_path, ids_WL, meta.vocabulary)
+    return windows_of(data.bin_path, data.tokens, seq_len, meta.vocabulary)
 
 
 def _packed(data: IndexedDataset, meta: DatasetMeta, seq_len: int) -> PackedDocuments:
@@ -169,42 +175,64 @@ def _packed(data: IndexedDataset, meta: DatasetMeta, seq_len: int) -> PackedDocu
 PACKING = {"none": _windows, "best_fit": _packed}
 
 
-def _indexed(prefixes: list[str], weights: list[float], seq_len: int, seed: int, packing: str) -> TrainingData:
+def _shuffled(prefixes: list[str], schedule: Mixture, seq_len: int, seed: int, packing: str) -> TrainingData:
+    """Each member is passed in its own keyed order over all of its rows."""
     opened = [open_split(prefix) for prefix in prefixes]
-    for prefix, (meta, _, _) in zip(prefixes, opened, strict=True):
-        require_same_tokenizer(opened[0][0], meta, prefixes[0], prefix)
+    _require_one_tokenizer(prefixes, [meta for meta, _, _ in opened])
     members = [PACKING[packing](data, meta, seq_len) for meta, _, data in opened]
     for _, _, data in opened:
         if len(data.tokens) > SCANNED_TOKENS:  # smaller ones have been read as a whole
             data.expect_random_reads()
-    content: dict[str, Any] = {"members": [meta.content(name) for meta, name, _ in opened]}
-    if packing != "none":
-        content["packing"] = [packing, packing_version]
-    return _mixture(opened[0][0], Path(prefixes[0]).parent, members, mix(weights), seed, content)
+
+    def take(k: int, own_B: np.ndarray) -> tuple[np.ndarray, ...]:
+        return members[k].take(row_of(own_B, members[k].num_rows, seed, k))
+
+    content = {"members": [meta.content(name) for meta, name, _ in opened]} | _identity(packing, schedule)
+    rows, num_rows = _rows(schedule, [partial(take, k) for k in range(len(members))]), sum(m.num_rows for m in members)
+    return TrainingData(opened[0][0], Path(prefixes[0]).parent, _hash(content), num_rows, rows)
 
 
-def _mixture(
-    meta: TokenizerMeta, folder: Path, members: Sequence[Any], schedule: Mixture, seed: int, content: dict[str, Any]
-) -> TrainingData:
-    """Members have `num_rows` and `take(row_B)`; each is passed in its own keyed order. `content` identifies them."""
+def _sharded(prefixes: list[str], schedule: Mixture, seq_len: int, seed: int, packing: str) -> TrainingData:
+    """Each member is passed shard by shard, in a keyed order over the rows of each; the last may not be there yet."""
+    members = [ShardedRows(ShardStream(prefix), seq_len, seed, k, packing) for k, prefix in enumerate(prefixes)]
+    lists = [member.stream.list for member in members]
+    _require_one_tokenizer(prefixes, [found.tokenizer for found in lists])
+    declared = [{"content": found.content, **found.tokenizer.tokenizer_dict()} for found in lists]
+    content = {"order": "sharded", "members": declared} | _identity(packing, schedule)
 
-    def take(member: int, own_B: np.ndarray) -> tuple[np.ndarray, ...]:
-        return members[member].take(row_of(own_B, members[member].num_rows, seed, member))
+    def close() -> None:
+        for member in members:
+            member.stream.close()
+
+    rows, folder = _rows(schedule, [member.take for member in members]), Path(prefixes[0]).parent
+    return TrainingData(lists[0].tokenizer, folder, _hash(content), None, rows, is_growing=True, close=close)
+
+
+ORDERS = {"shuffled": _shuffled, "sharded": _sharded}
+
+
+def _require_one_tokenizer(prefixes: list[str], metas: list[TokenizerMeta]) -> None:
+    for prefix, meta in zip(prefixes, metas, strict=True):
+        require_same_tokenizer(metas[0], meta, prefixes[0], prefix)
+
+
+def _identity(packing: str, schedule: Mixture) -> dict[str, Any]:
+    """What beside the tokens decides which rows there are."""
+    packed = {} if packing == "none" else {"packing": [packing, packing_version]}
+    return packed | {"weights": schedule.quota_K.tolist()}
+
+
+def _rows(schedule: Mixture, takes: list[Callable]) -> Callable[[np.ndarray], np.ndarray | Rows]:
+    """`takes[k](own_B)` gives rows of member k by their number among its own samples."""
 
     def rows(sample_B: np.ndarray) -> np.ndarray | Rows:
-        if len(members) == 1:
-            return assemble(take(0, sample_B))
+        if len(takes) == 1:
+            return assemble(takes[0](sample_B))
         member_B, own_B = schedule.locate(sample_B)
-        at = [np.flatnonzero(member_B == k) for k in range(len(members))]
-        parts = {k: take(k, own_B[at_k]) for k, at_k in enumerate(at) if at_k.size}
-        whole = tuple(np.empty((len(member_B), a.shape[1]), a.dtype) for a in next(iter(parts.values())))
-        for k, part in parts.items():
-            for out, array in zip(whole, part, strict=True):
-                out[at[k]] = array
-        return assemble(whole)
+        places = ((k, np.flatnonzero(member_B == k)) for k in range(len(takes)))
+        return assemble(merge([(at, takes[k](own_B[at])) for k, at in places if at.size]))
 
-    fingerprint = _hash(content | {"weights": schedule.quota_K.tolist()})
-    return TrainingData(meta, folder, fingerprint, sum(m.num_rows for m in members), rows)
+    return rows
 
 
 def _synthetic(size: str, seq_len: int, seed: int) -> TrainingData:

@@ -13,14 +13,16 @@ import numpy as np
 from dlm_scale.diffusion.rng import Stream, philox
 
 ROUNDS = 8
+MAX_MEMBERS = 256  # of a mixture that has shards; they may be 2^22
 MIN_BITS = 6  # on fewer, eight rounds do not reach all permutations evenly
 BLOCK = 1 << 12  # samples whose places are found together: 32 in one call cost 90 us, 4096 cost 300
 
 
 @functools.lru_cache(maxsize=256)  # every batch of an epoch asks for the same key
-def order_key(seed: int, epoch: int, member: int = 0) -> np.ndarray:
-    """Round keys, uint64 [ROUNDS], of one epoch of one member of a mixture; stream ORDER of the counter table."""
-    column = member * (ROUNDS // 2) + np.arange(ROUNDS // 2)
+def order_key(seed: int, epoch: int, member: int = 0, shard: int = 0) -> np.ndarray:
+    """Round keys, uint64 [ROUNDS], of one epoch of one member of a mixture, or of a shard of it; stream ORDER of the
+    counter table."""
+    column = (shard * MAX_MEMBERS + member) * (ROUNDS // 2) + np.arange(ROUNDS // 2)
     words = [w.astype(np.uint64) for w in philox(seed, epoch & 0xFFFFFFFF, epoch >> 32, column, int(Stream.ORDER))]
     return np.concatenate([words[0] << np.uint64(32) | words[1], words[2] << np.uint64(32) | words[3]])
 

@@ -5,6 +5,7 @@ B rows, L positions of a row, W windows of a file, S segments.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -21,10 +22,15 @@ def refuse_id(path: str, offset: int, token: int, vocabulary: Vocabulary) -> NoR
     raise UsageError(f"{path}: token {offset} is id {token}, {what}. The file is damaged: copy or prepare it again")
 
 
+def windows_of(bin_path: str, tokens: np.ndarray, seq_len: int, vocabulary: Vocabulary) -> Windows:
+    """Window w holds the tokens w*L to (w+1)*L - 1, cut across documents; the tail that fills no window is left out."""
+    num_windows = len(tokens) // seq_len
+    return Windows(bin_path, tokens[: num_windows * seq_len].reshape(num_windows, seq_len), vocabulary)
+
+
 @dataclass(frozen=True)
 class Windows:
-    """The windows of one split, a [W, L] view of its file, and what its ids must be. Window w holds the tokens w*L to
-    (w+1)*L - 1, cut across documents; the tail that fills no window is left out."""
+    """The windows of one split, a [W, L] view of its file, and what its ids must be."""
 
     bin_path: str
     ids_WL: np.ndarray
@@ -98,6 +104,18 @@ def pad_id_of(eos_id: int | None, vocabulary: Vocabulary) -> int:
     if eos_id is not None:
         return eos_id
     return next(i for i in range(vocabulary.size) if i != vocabulary.mask_id and i not in vocabulary.suppressed_ids)
+
+
+def merge(parts: Sequence[tuple[np.ndarray, tuple[np.ndarray, ...]]]) -> tuple[np.ndarray, ...]:
+    """Of (places in the batch, what `take` gave for them) the whole batch."""
+    if len(parts) == 1:
+        return parts[0][1]
+    num_rows, first = sum(len(at) for at, _ in parts), parts[0][1]
+    whole = tuple(np.empty((num_rows, *array.shape[1:]), array.dtype) for array in first)
+    for at, part in parts:
+        for out, array in zip(whole, part, strict=True):
+            out[at] = array
+    return whole
 
 
 def assemble(taken: tuple[np.ndarray, ...]) -> np.ndarray | Rows:

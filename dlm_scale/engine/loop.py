@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,9 @@ from dlm_scale.engine.watchdog import Watchdog
 from dlm_scale.model.parameters import flops_per_token, peak_flops
 
 
+AGREE_SECONDS = 1.0  # between two looks whether all ranks have their batch
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How the loop ended: `finished`, `stop_at_step`, a signal or `control/stop`; and the last checkpoint."""
@@ -44,10 +48,19 @@ def train_loop(trainer: Trainer, data: Any, validation: Any, state: TrainState, 
     clock = Clock(trainer, state)
     if state.step == 0:
         record(evaluation_record(trainer, validation, state, watch))
+
+    def save(state: TrainState) -> None:
+        with clock.paused():
+            watch.enter("save")
+            saver.start(state)
+
     with Prefetcher(partial(host_batch, trainer, data), state, last_step, train.global_batch_size,
-                    partial(use_device, trainer.runtime.device)) as batches:
-        check_same_batch(batches.peek(), trainer.runtime.mesh, trainer.runtime.device)
-        asked = control.agree()
+                    partial(use_device, trainer.runtime.device)) as batches, closing(data):
+        wait = partial(await_batch, data, batches, control, save, watch)
+        asked = wait(state, Asked(None, False, 0.0))
+        if not asked.stop:
+            check_same_batch(batches.peek(), trainer.runtime.mesh, trainer.runtime.device)
+            asked = control.agree()
         while state.step < last_step and not asked.stop:
             watch.enter("data", state.step)
             batch, following = batches.next(), state.advanced(train.global_batch_size)
@@ -65,11 +78,24 @@ def train_loop(trainer: Trainer, data: Any, validation: Any, state: TrainState, 
             asked = control.agree(loss_share(trainer, result))
             health.check_loss(asked.loss, state)
             if asked.save or _due(state.step, train.save_every, last_step):
-                with clock.paused():
-                    watch.enter("save")
-                    saver.start(state)
+                save(state)
+            asked = wait(state, asked)
     watch.enter("save", state.step)
     return Outcome(state, _reason(state, train, asked), saver.finish(state))
+
+
+def await_batch(data: Any, batches: Prefetcher, control: Control, save: Callable[[TrainState], None], watch: Watchdog,
+                state: TrainState, asked: Asked) -> Asked:
+    """Where the data is still being prepared: until all ranks have their next batch, or a stop is asked for. That may
+    take hours and is no hang. Collective there."""
+    while data.is_growing and not asked.stop:
+        watch.enter("data", state.step)
+        asked = control.agree(float(not batches.is_ready(AGREE_SECONDS)))
+        if asked.save:
+            save(state)
+        if not asked.loss:
+            break
+    return asked
 
 
 def host_batch(trainer: Trainer, data: Any, state: TrainState) -> list[Corrupted]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from dlm_scale.engine.state import TrainState
@@ -34,6 +34,13 @@ class Prefetcher:
 
     def __exit__(self, *_exception) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def is_ready(self, seconds: float) -> bool:
+        """Whether `next` would not wait, after waiting so long at most; also where no batch is left."""
+        start = time.perf_counter()
+        not_done = wait(list(self._made)[:1], seconds).not_done
+        self.waited_seconds += time.perf_counter() - start
+        return not not_done
 
     def peek(self) -> Any:
         """The batch that `next` will give."""

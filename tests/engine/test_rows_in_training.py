@@ -58,7 +58,7 @@ def test_packing_may_not_change_in_a_run(everything, config_file, tmp_path, capf
     assert "data.packing: best_fit -> none" in capfd.readouterr().err
     assert train(config_file, tmp_path / "s", "data.train=synthetic", "data.synthetic_vocab_size=9", STEPS,
                  "data.validation=null", "data.packing=best_fit") == [2]
-    assert "data.packing (command line) = best_fit packs documents" in capfd.readouterr().err
+    assert "data.packing (command line) = best_fit needs documents" in capfd.readouterr().err
 
 
 def test_each_rank_reads_the_rows_of_its_own_samples_alone(everything, config_file, tmp_path):
