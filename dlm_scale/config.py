@@ -117,6 +117,8 @@ class DataConfig(Section):
     train: Annotated[tuple[Source, ...], BeforeValidator(_sources), Field(min_length=1)]
     validation: Text | None = None
     synthetic_vocab_size: Annotated[int, Field(ge=2, lt=2**31)] | None = None
+    packing: Literal["none", "best_fit"] = "none"  # none: windows, cut across documents
+    order: Literal["shuffled", "sharded"] = "shuffled"  # sharded: may still be in preparation
     random_length_share: Ratio = 0.0  # of the training rows, cut to a length uniform on 1..seq_len
     skip_samples: Annotated[
         tuple[tuple[NonNegative, NonNegative], ...], BeforeValidator(_sample_ranges), AfterValidator(_ascending)
@@ -228,6 +230,9 @@ def _cross_problems(config: Config) -> Iterator[Problem]:
         )
     if config.data.is_synthetic and (len(config.data.train) > 1 or not config.data.synthetic_vocab_size):
         yield "data.train", "= synthetic stands alone and needs data.synthetic_vocab_size"
+    for key, value, default in (("packing", config.data.packing, "none"), ("order", config.data.order, "shuffled")):
+        if config.data.is_synthetic and value != default:
+            yield f"data.{key}", f"= {value} needs documents on the disk, which data.train=synthetic has none of: drop it"
     if config.train.global_batch_size % config.train.micro_batch_size:
         yield "train.global_batch_size", _batch_text(config.train, 1)
 

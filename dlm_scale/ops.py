@@ -66,6 +66,9 @@ class Segments:
     def to(self, device, non_blocking: bool = False) -> Segments:
         return Segments(self.cu_seqlens.to(device, non_blocking=non_blocking))
 
+    def pin_memory(self) -> Segments:
+        return Segments(self.cu_seqlens.pin_memory())
+
 
 @dataclass(frozen=True)
 class Blocks:

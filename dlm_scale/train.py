@@ -61,7 +61,7 @@ def open_datasets(config: Any) -> tuple[Any, Any]:
     from dlm_scale.data.loader import ValidationData, open_data, require_same_tokenizer
 
     source = f"synthetic:{config.data.synthetic_vocab_size}" if config.data.is_synthetic else config.data.train
-    data = open_data(source, config.model.seq_len, config.train.seed)
+    data = open_data(source, config.model.seq_len, config.train.seed, config.data.packing, config.data.order)
     if config.data.validation is None:
         return data, None
     validation = ValidationData(config.data.validation, config.model.seq_len, config.train.eval_rows)

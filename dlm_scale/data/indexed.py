@@ -6,6 +6,7 @@ int32 lengths[n], int64 byte pointers[n], int64 document indices[m] (first 0, la
 
 from __future__ import annotations
 
+import mmap
 import struct
 from pathlib import Path
 from typing import IO, NoReturn
@@ -20,6 +21,7 @@ HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 FLUSH_TOKENS = 1 << 21
+CHECKED_SEQUENCES = 1 << 20  # at a time, so that opening needs little memory
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -82,6 +84,7 @@ class IndexedDataset:
         self.lengths = body[: 4 * num_sequences].view("<i4")
         pointers = body[4 * num_sequences : 12 * num_sequences].view("<i8")
         self.document_indices = body[12 * num_sequences :].view("<i8")
+        self._pointers = pointers
         self._check_index(pointers)
         data = _map(self.bin_path)
         expected = int(pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize
@@ -96,15 +99,37 @@ class IndexedDataset:
 
     def document(self, i: int) -> np.ndarray:
         """Ids of document i, [L]."""
-        start, stop = (int(self.lengths[: self.document_indices[j]].sum(dtype=np.int64)) for j in (i, i + 1))
+        start, stop = self.bounds(i, i + 1).tolist()
         return self.tokens[start:stop]
 
+    def bounds(self, start: int, stop: int) -> np.ndarray:
+        """Where documents start ... stop - 1 begin in `tokens`, and where the last of them ends; int64."""
+        sequence = self.document_indices[start : stop + 1]
+        ends = np.append(self._pointers[sequence[:-1]] // self.dtype.itemsize, len(self.tokens))
+        if sequence[-1] < len(self.lengths):
+            ends[-1] = self._pointers[sequence[-1]] // self.dtype.itemsize
+        return ends
+
+    def release(self) -> None:
+        """What has been read need not stay resident; it is mapped again where it is read again."""
+        for array in (self.tokens, self.index):
+            _mapping(array).madvise(mmap.MADV_DONTNEED)
+
+    def expect_random_reads(self) -> None:
+        """Tokens will be read here and there: then reading ahead of them, as the system does, costs much for nothing."""
+        _mapping(self.tokens).madvise(mmap.MADV_RANDOM)
+
     def _check_index(self, pointers: np.ndarray) -> None:
-        if self.lengths.min() <= 0:
-            _refuse(self.idx_path, f"sequence {int(self.lengths.argmin())} has length {self.lengths.min()}")
-        steps = self.lengths[:-1].astype(np.int64) * self.dtype.itemsize
-        if pointers[0] != 0 or not np.array_equal(pointers[1:], np.cumsum(steps)):
-            _refuse(self.idx_path, "byte pointers do not follow from the sequence lengths (or from the dtype code)")
+        if pointers[0] != 0:
+            _refuse(self.idx_path, f"byte pointers begin at {pointers[0]}, not at 0")
+        for start in range(0, len(self.lengths), CHECKED_SEQUENCES):
+            lengths = self.lengths[start : start + CHECKED_SEQUENCES]
+            if lengths.min() <= 0:
+                _refuse(self.idx_path, f"sequence {start + int(lengths.argmin())} has length {lengths.min()}")
+            following = pointers[start + 1 : start + 1 + CHECKED_SEQUENCES]
+            ends = pointers[start] + np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
+            if not np.array_equal(following, ends[: len(following)]):
+                _refuse(self.idx_path, "byte pointers do not follow from the sequence lengths (or from the dtype code)")
         documents = self.document_indices
         if documents[0] != 0 or documents[-1] != len(self.lengths) or (documents[1:] < documents[:-1]).any():
             _refuse(self.idx_path, f"document indices do not rise from 0 to {len(self.lengths)} sequences")
@@ -133,12 +158,19 @@ def _read_header(index: np.ndarray, path: str) -> tuple[np.dtype, int]:
 def _map(path: str) -> np.ndarray:
     try:
         with open_regular(path) as file:
-            # np.asarray: slicing an np.memmap costs half of the reading time
-            return np.asarray(np.memmap(file, dtype=np.uint8, mode="r"))
+            # not an np.memmap: slicing one costs half of the reading time
+            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror or error}. Is the prefix right (the path without .bin)?") from error
     except ValueError:
         _refuse(path, "it is empty")
+
+
+def _mapping(array: np.ndarray) -> mmap.mmap:
+    """The mapping that a view of `_map`'s array lies in."""
+    while isinstance(array, np.ndarray):
+        array = array.base
+    return array.obj if isinstance(array, memoryview) else array
 
 
 def _refuse(path: str, cause: str) -> NoReturn:

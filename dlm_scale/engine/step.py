@@ -91,9 +91,7 @@ def micro_batch(trainer: Trainer, data, sample_B: np.ndarray, t_B: np.ndarray) -
 
 
 def with_denominator(trainer: Trainer, batch: Sequence[Corrupted]) -> list[Corrupted]:
-    """The micro-batches with the global batch's maskable positions. Collective if they are not known beforehand."""
-    if batch[0].denominator is not None:
-        return list(batch)
+    """The micro-batches with the global batch's maskable positions. Collective."""
     mine = float(sum(corrupted.num_maskable_B.sum() for corrupted in batch))
     count = torch.tensor(mine, dtype=torch.float64, device=trainer.runtime.device)
     if trainer.runtime.mesh.data_size > 1:
@@ -117,10 +115,13 @@ def train_step(trainer: Trainer, batch: Sequence[Corrupted], state: TrainState,
     factor = rate_factor(state.step, trainer.config.train.num_steps, trainer.config.optimizer)
     for group in engine.optimizer.param_groups:
         group["lr"] = trainer.config.optimizer.learning_rate * factor
-    sums, losses, batch = 0.0, [], with_denominator(trainer, batch)
+    sums, losses = 0.0, []
+    if batch[0].denominator is None:
+        enter("agree")
+        batch = with_denominator(trainer, batch)
     for corrupted in batch:
         enter("forward")
-        corrupted = corrupted.to(trainer.runtime.device)
+        corrupted = corrupted.to(trainer.runtime.device, non_blocking=True)
         loss_sum, stats = masked_diffusion(engine, corrupted, trainer.config.diffusion.z_loss)
         found = {"loss_sum": loss_sum.detach(), **stats, "num_maskable": corrupted.num_maskable_B.sum()}
         sums = sums + torch.cat([torch.stack([found[name].double() for name in SCALARS]), *(stats[b] for b in BINS)])
