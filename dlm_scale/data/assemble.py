@@ -75,7 +75,7 @@ class Chooser:
         last = int((taken_N & counted_N).sum())
         if last:
             self.documents, self.tokens = self.documents + last, int(tokens[taken_N & counted_N][-1])
-        self.is_full |= not fits_N.all() or 0 < choice.max_documents <= self.documents
+        self.is_full |= not fits_N.all()
         return taken_N
 
 

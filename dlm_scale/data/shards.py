@@ -45,8 +45,9 @@ def read_shard(folder: Path, number: int) -> Shard | None:
 
 
 def write_shard(folder: Path, number: int, chunk: Chunk, max_documents: int, max_tokens: int) -> tuple[int, int]:
-    """Returns (documents, bytes of text). No shard needs more than the limits of the whole dataset (0: none)."""
-    tokenizer, records, num_tokens = _tokenizer(folder), [], 0
+    """Returns (documents, bytes of text). A shard ends with the first document beyond the limits of the dataset (0:
+    none), to which validation does not count."""
+    tokenizer, records, num_counted, num_tokens = _tokenizer(folder), [], 0, 0
     ids_path, records_path = shard_paths(folder, number)
     temporary = ids_path.with_suffix(f".{os.getpid()}.ids.tmp")  # an orphan of a killed run may be at the same shard
     with open(temporary, "wb", buffering=FLUSH_BYTES) as file:
@@ -57,7 +58,8 @@ def write_shard(folder: Path, number: int, chunk: Chunk, max_documents: int, max
             if num_tokens // FLUSH_TOKENS < (num_tokens + len(ids)) // FLUSH_TOKENS:
                 end_if_orphaned()
             num_tokens += len(ids)
-            if len(records) == max_documents or 0 < max_tokens < num_tokens:
+            num_counted += document.split != "val"
+            if 0 < max_documents < num_counted or document.split != "val" and 0 < max_tokens < num_tokens:
                 break
         sync(file)
     os.replace(temporary, ids_path)

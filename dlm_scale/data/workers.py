@@ -7,6 +7,7 @@ import os
 import signal
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
@@ -93,18 +94,19 @@ def _results(busy: dict[Connection, tuple[_Worker, int]], idle: list[_Worker]) -
 
 def _work(pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent ends us
-    while True:
-        try:
+    with suppress(EOFError, ConnectionError):  # the parent is gone
+        while True:
             function, arguments = pipe.recv()
-        except (EOFError, ConnectionResetError):
-            return
-        try:
-            result = function(*arguments)
-        except UsageError as error:
-            result = UsageError(str(error))
-        except Exception:
-            result = RuntimeError(f"in a worker process:\n{traceback.format_exc()}")
-        pipe.send(result)
+            pipe.send(_result(function, arguments))
+
+
+def _result(function: Callable[..., Any], arguments: tuple) -> Any:
+    try:
+        return function(*arguments)
+    except UsageError as error:
+        return UsageError(str(error))
+    except Exception:
+        return RuntimeError(f"in a worker process:\n{traceback.format_exc()}")
 
 
 def end_if_orphaned() -> None:

@@ -10,25 +10,12 @@ import numpy as np
 import pytest
 
 from dlm_scale.data import prepare as module
-from dlm_scale.data.indexed import IndexedDataset
 from dlm_scale.data.loader import ValidationData
-from dlm_scale.data.meta import read_meta
 from dlm_scale.data.prepare import prepare
 from dlm_scale.data.sources import open_source
-from dlm_scale.data.tokenizer import load_tokenizer
 from dlm_scale.errors import UsageError
 
-from .conftest import write_jsonl
-
-
-def texts_of(folder, name):
-    meta = read_meta(folder / "meta.json")
-    made, data = load_tokenizer(folder, meta), IndexedDataset(folder / name)
-    return [made.decode(data.document(i)) for i in range(data.num_documents)]
-
-
-def snapshot(folder):
-    return {p.name: p.read_bytes() for p in folder.iterdir()}
+from .conftest import snapshot, texts_of, write_jsonl
 
 
 def test_tinyshakespeare_splits_90_10(shared_data, tmp_path):
