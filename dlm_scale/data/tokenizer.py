@@ -6,10 +6,12 @@ Every kind takes text as text: names of special tokens inside a document are enc
 from __future__ import annotations
 
 import base64
+import binascii
 import difflib
 import hashlib
 import json
 import re
+import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -208,16 +210,21 @@ def _gpt2(files: Mapping[str, bytes]) -> Tokenizer:
         )
     tiktoken = import_optional("tiktoken", "the gpt2 tokenizer")
     pairs = (line.split() for line in files[GPT2_FILE].splitlines())
-    ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
+    ranks = {binascii.a2b_base64(token): int(rank) for token, rank in pairs}
     bpe = tiktoken.Encoding(
         "gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": GPT2_RANKS}
     )
 
-    known = _Words(lambda word: np.array(bpe.encode_ordinary(word), dtype="<u2").tobytes())
+
+    def encode_word(word: str) -> bytes:
+        ids = bpe.encode_ordinary(word)
+        return struct.pack(f"<{len(ids)}H", *ids)
+
+    known = _Words(encode_word)
 
     def encode(text: str) -> np.ndarray:
-        words = (word for part in _slices(text) for word in WORD.findall(part))
-        return np.frombuffer(b"".join(map(known.__getitem__, words)), dtype="<u2")
+        parts = (b"".join(map(known.__getitem__, WORD.findall(part))) for part in _slices(text))
+        return np.frombuffer(b"".join(parts), dtype="<u2")
 
     mask_id = GPT2_RANKS + 1
     decode = _by_runs(lambda ids: bpe.decode(ids.tolist()), mask_id)
