@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -154,7 +155,7 @@ def test_progress_is_told_now_and_then(tmp_path, documents, monkeypatch, capsys)
     write_jsonl(tmp_path / "a.jsonl", documents)
     monkeypatch.setattr(module, "PROGRESS_SECONDS", 0.0)
     prepare(str(tmp_path / "a.jsonl"), "byte", tmp_path / "D")
-    assert "prepare: 300 documents, 0.0 MB" in capsys.readouterr().err
+    assert re.search(r"prepare: 300 documents, 0.0 MB, [\d.]+ MB/s, 0:00:00 left", capsys.readouterr().err)
     monkeypatch.setattr(module, "PROGRESS_SECONDS", 5.0)
     prepare(str(tmp_path / "a.jsonl"), "byte", tmp_path / "D", overwrite=True)
     assert capsys.readouterr().err == ""
