@@ -25,14 +25,12 @@ class Command:
 
 
 COMMANDS = {
-    "prepare": Command(
-        "turn text into an indexed dataset", "dlm_scale.data.cli", "run_prepare", "add_prepare_arguments"
-    ),
+    "prepare": Command("turn text into an indexed dataset", "dlm_scale.prepare"),
     "train": Command("train a config (one process; for more: the deepspeed launcher)", "dlm_scale.train", "main"),
     "evaluate": Command("likelihood of a dataset under a checkpoint", "dlm_scale.evaluate"),
     "sample": Command("generate text from a checkpoint", "dlm_scale.sample"),
     "checkpoint": Command("verify or list a checkpoint", "dlm_scale.checkpoint.cli"),
-    "data": Command("verify or show an indexed dataset", "dlm_scale.data.cli", "run_data", "add_data_arguments"),
+    "data": Command("verify, show or import an indexed dataset", "dlm_scale.data.cli", "run_data", "add_data_arguments"),
     "doctor": Command("what is installed, and which backend each operation takes and why", "dlm_scale.doctor"),
 }
 

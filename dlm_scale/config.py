@@ -111,6 +111,23 @@ def _ascending(ranges: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ..
     return ranges
 
 
+def _texts(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+class PrepareConfig(Section):
+    """How `dlm prepare --config` makes the dataset (its flags, see there); training takes no notice of it."""
+
+    source: Annotated[tuple[Text, ...], BeforeValidator(_texts), Field(min_length=1)]
+    tokenizer: Text | None = None  # of a recipe: its own
+    out: Text | None = None  # the folder of data.train
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    text_key: Text = "text"
+    max_documents: NonNegative = 0
+    max_tokens: NonNegative = 0
+    deduplicate: bool = False
+
+
 class DataConfig(Section):
     """What is read. The tokenizer, the vocabulary and the mask id belong to the dataset's meta.json alone."""
 
@@ -123,6 +140,7 @@ class DataConfig(Section):
     skip_samples: Annotated[
         tuple[tuple[NonNegative, NonNegative], ...], BeforeValidator(_sample_ranges), AfterValidator(_ascending)
     ] = ()
+    prepare: PrepareConfig | None = None
 
     @property
     def is_synthetic(self) -> bool:
@@ -418,7 +436,7 @@ def dump_config(config: Config) -> str:
 RESULT_NEUTRAL = (
     "parallel",
     "deepspeed",
-    *("data." + key for key in "train validation synthetic_vocab_size".split()),  # compared by content
+    *("data." + key for key in "train validation synthetic_vocab_size prepare".split()),  # compared by content
     *(
         "train." + key
         for key in "micro_batch_size activation_checkpoint_every log_every eval_every eval_rows eval_draws save_every "

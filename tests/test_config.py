@@ -113,7 +113,7 @@ def test_all_errors_in_one_pass_but_at_most_five_lines():
 
 @pytest.mark.parametrize("key", known_keys())
 def test_a_wrong_type_names_key_source_and_value(key):
-    wrong = "{a: 1}" if key != "data.train" else "7"
+    wrong = "{a: 1}" if key not in ("data.train", "data.prepare") else "7"
     message = refusal(f"{key}={wrong}")
     assert message.startswith(key) and "(command line) is" in message and "expected" in message.lower()
     assert len(message.splitlines()) == 1

@@ -312,9 +312,15 @@ def test_a_yaml_block_is_a_config(block):
 
 
 def test_tables_name_what_the_code_has():
+    from dlm_scale.data.hub import RECIPES
     from dlm_scale.diffusion.schedule import SCHEDULES
     from dlm_scale.diffusion.weighting import WEIGHTINGS
+    from dlm_scale.prepare import OPTIONS
     from dlm_scale.sampling import SAMPLERS
+
+    assert first_cells("docs/data.md", "Recipes") == list(RECIPES)
+    rows = dict(re.findall(r"^\| `--(\w+)` \| `(\w+)` \|", section("docs/data.md", "At scale"), re.MULTILINE))
+    assert rows == {name: option.variable for name, option in OPTIONS.items() if option.variable}
 
     assert sorted(first_cells("docs/sampling.md", "The ten samplers")) == sorted(SAMPLERS)
     assert sorted(first_cells("docs/maths.md", "Schedules")) == sorted(SCHEDULES)

@@ -7,13 +7,16 @@ int32 lengths[n], int64 byte pointers[n], int64 document indices[m] (first 0, la
 from __future__ import annotations
 
 import mmap
+import os
 import struct
+from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, NoReturn
 
 import numpy as np
 
-from dlm_scale.data.files import open_regular
+from dlm_scale.data.files import open_regular, sync
 from dlm_scale.errors import UsageError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -22,6 +25,7 @@ DTYPES = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 FLUSH_TOKENS = 1 << 21
 CHECKED_SEQUENCES = 1 << 20  # at a time, so that opening needs little memory
+FLUSH_BYTES, INDEX_BLOCK, MAX_SEQUENCE = 1 << 20, 1 << 20, 1 << 30
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -30,41 +34,72 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 class IndexedWriter:
-    """Appends documents (one sequence each); the .idx, written by `close`, makes the pair complete."""
+    """Appends documents, one sequence each (more of one beyond 2^30 tokens); the .idx, written by `close`, makes the
+    pair complete.
 
-    def __init__(self, prefix: str | Path, dtype: np.dtype):
+    `resume` opens what is there: `skip` passes over ids that an earlier writer has synced, `add` writes the others.
+    """
+
+    def __init__(self, prefix: str | Path, dtype: np.dtype, resume: bool = False):
         self.prefix, self.dtype = str(prefix), np.dtype(dtype)
-        self._bin: IO[bytes] = open(self.prefix + ".bin", "wb")
-        self._pending: list[np.ndarray] = []
-        self._pending_tokens = 0
-        self._lengths: list[int] = []
+        path = self.prefix + ".bin"
+        self._bin: IO[bytes] = open(path, "r+b" if resume and os.path.exists(path) else "wb", buffering=FLUSH_BYTES)
+        self._lengths = array("i")  # 4 bytes a document
+        self._continued: list[int] = []  # sequences that go on with the document of the one before
+        self.num_tokens = self._open_length = 0
 
     def add_document(self, ids: np.ndarray) -> None:
         """ids: [L] of any integer type, L >= 1, that the dtype holds."""
-        if not 0 < len(ids) < 1 << 31:
-            raise UsageError(f"{self.prefix}.bin: a document of {len(ids)} tokens; the format holds 1 to 2^31 - 1")
-        self._lengths.append(len(ids))
-        self._pending.append(np.asarray(ids, dtype=self.dtype))
-        self._pending_tokens += len(ids)
-        if self._pending_tokens >= FLUSH_TOKENS:
-            self._flush()
+        if not len(ids):
+            raise UsageError(f"{self.prefix}.bin: a document of 0 tokens; the format holds 1 or more")
+        self.add(ids, [len(ids)], [True])
+
+    def add(self, ids: np.ndarray, lengths: Sequence[int], is_end: Sequence[bool]) -> None:
+        """The ids of several documents, or of pieces of them, one behind the other; empty documents are left out."""
+        self._bin.write(np.ascontiguousarray(ids, dtype=self.dtype).data)
+        self._count(lengths, is_end)
+
+    def skip(self, lengths: Sequence[int], is_end: Sequence[bool]) -> None:
+        """As `add`, of ids that are in the file already."""
+        self._count(lengths, is_end)
+        self._bin.seek(self.num_tokens * self.dtype.itemsize)
+
+    def sync(self) -> None:
+        """All ids so far are on the disk when this returns."""
+        sync(self._bin)
 
     def close(self) -> None:
         """Finish both files."""
-        self._flush()
+        self._bin.truncate()
+        self.sync()
         self._bin.close()
-        lengths = np.array(self._lengths, dtype="<i4")
-        ends = np.cumsum(lengths, dtype="<i8") * self.dtype.itemsize
+        lengths, continued = np.frombuffer(self._lengths, dtype="<i4"), np.array(self._continued, dtype="<i8")
         with open(self.prefix + ".idx", "wb") as file:
-            file.write(HEADER.pack(MAGIC, 1, CODES[self.dtype], len(lengths), len(lengths) + 1))
-            file.write(lengths.tobytes())
-            file.write((ends - lengths.astype("<i8") * self.dtype.itemsize).tobytes())
-            file.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
+            num_entries = len(lengths) + 1 - len(continued)
+            file.write(HEADER.pack(MAGIC, 1, CODES[self.dtype], len(lengths), num_entries))
+            file.write(lengths.data)
+            at = 0
+            for start in range(0, len(lengths), INDEX_BLOCK):
+                sizes = lengths[start : start + INDEX_BLOCK].astype("<i8") * self.dtype.itemsize
+                ends = at + np.cumsum(sizes)
+                file.write((ends - sizes).data)
+                at = ends[-1]
+            for start in range(0, len(lengths) + 1, INDEX_BLOCK):
+                numbers = np.arange(start, min(start + INDEX_BLOCK, len(lengths) + 1), dtype="<i8")
+                file.write(numbers[~np.isin(numbers, continued)].data)
+            sync(file)
 
-    def _flush(self) -> None:
-        if self._pending:
-            np.concatenate(self._pending).tofile(self._bin)
-        self._pending, self._pending_tokens = [], 0
+    def _count(self, lengths: Sequence[int], is_end: Sequence[bool]) -> None:
+        for length, ends in zip(lengths, is_end, strict=True):
+            self.num_tokens += int(length)
+            self._open_length += int(length)
+            while self._open_length > MAX_SEQUENCE:
+                self._lengths.append(MAX_SEQUENCE)
+                self._continued.append(len(self._lengths))
+                self._open_length -= MAX_SEQUENCE
+            if ends and self._open_length:
+                self._lengths.append(self._open_length)
+                self._open_length = 0
 
 
 class IndexedDataset:

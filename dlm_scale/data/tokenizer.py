@@ -6,11 +6,13 @@ Every kind takes text as text: names of special tokens inside a document are enc
 from __future__ import annotations
 
 import base64
+import binascii
 import difflib
 import hashlib
 import itertools
 import json
 import re
+import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,6 +32,21 @@ GPT2_RANKS = 50256
 GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 GPT2_FILE, CHAR_FILE, HF_FILE = "gpt2.tiktoken", "characters.json", "tokenizer.json"
 SPECIAL_FILE = "special_tokens.json"
+# Unicode's White_Space, which is what \s in GPT2_PATTERN means; Python's \s has U+001C to U+001F besides
+SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+# Each alternative of GPT2_PATTERN ends before white space that follows something else, and none looks back: cut there,
+# the parts of a text have the ids of the whole. WORD is spaces and what follows them, up to the next such place.
+WORD = re.compile(f"[{SPACE}]*[^{SPACE}]+|[{SPACE}]+")
+WORD_END = re.compile(f"[^{SPACE}](?=[{SPACE}])")
+_SPACES_OF_SEVERAL_BYTES = (
+    *(rb"\xc2[\x85\xa0]", rb"\xe1\x9a\x80", rb"\xe2\x80[\x80-\x8a\xa8\xa9\xaf]", rb"\xe2\x81\x9f", rb"\xe3\x80\x80"),
+)
+_NO_SPACE_BEFORE = b"".join(b"(?<!%s)" % space for space in _SPACES_OF_SEVERAL_BYTES)
+CUTS = {  # in UTF-8, four bytes or more after the start of a stretch: the end of the match is the place
+    "character": re.compile(rb"(?=[^\x80-\xbf])"),
+    "word": re.compile(rb"[!-~\x80-\xbf]" + _NO_SPACE_BEFORE + rb"(?=[\t-\r ])"),
+}
+MAX_KNOWN_WORDS, MAX_KNOWN_LENGTH, SLICE_CHARACTERS = 1 << 18, 64, 1 << 18
 MASK_TOKENS = ("<|mdm_mask|>", "<|mask|>", "[MASK]", "<mask>", "<MASK>")
 MAX_UNUSED_IDS = 1 << 16
 SPECIAL_NAME, MAX_SPECIAL = re.compile(r"<[^\s<>]{1,62}>|\[[^\s\[\]]{1,62}\]"), 256
@@ -40,17 +57,23 @@ EOS_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "[SE
 class Tokenizer:
     """`encode(text)` gives int64 ids [L]; `decode(ids, mask_char="_")` gives text, the mask shown as `mask_char`.
 
-    `files` maps file name to content. `eos_id` separates documents, None where the kind has no separator.
-    `special_ids` (name -> id) are tokens that no text is encoded to: a chat template writes them.
+    `files` maps file name to content. `eos_id` separates documents, None where the kind has no separator. `cut` names
+    the places (a key of CUTS) where a text may be cut so that the ids of its parts are those of the whole, None where
+    none are known. `encode_compact` gives ids of whatever integer type is at hand. `special_ids` (name -> id) are
+    tokens that no text is encoded to: a chat template writes them.
     """
 
     kind: str
     vocabulary: Vocabulary
     eos_id: int | None
     files: Mapping[str, bytes]
-    encode: Callable[[str], np.ndarray]
+    encode_compact: Callable[[str], np.ndarray]
     _decode: Callable[[np.ndarray, str], str]
+    cut: str | None = None
     special_ids: Mapping[str, int] = field(default_factory=dict)
+
+    def encode(self, text: str) -> np.ndarray:
+        return self.encode_compact(text).astype(np.int64)
 
     def decode(self, ids: Any, mask_char: str = "_") -> str:
         return self._decode(np.asarray(ids, dtype=np.int64).reshape(-1), mask_char)
@@ -162,7 +185,7 @@ def _checked_names(names: Iterable[str]) -> list[str]:
 
 def _finished(
     kind: str, num_text_ids: int, eos_id: int | None, files: Mapping[str, bytes], encode: Callable[[str], np.ndarray],
-    decode: Callable[[np.ndarray], str],
+    decode: Callable[[np.ndarray], str], cut: str,
 ) -> Tokenizer:  # fmt: skip
     """A tokenizer whose ids are those of text, 0 ... num_text_ids - 1, then its special tokens, then the mask.
 
@@ -178,19 +201,19 @@ def _finished(
         shown = [mask_char if ids[place] == mask_id else names[ids[place] - num_text_ids] for place in places]
         return "".join(itertools.chain(*itertools.zip_longest(map(decode, runs), shown, fillvalue="")))
 
-    return Tokenizer(kind, Vocabulary(mask_id + 1, mask_id), eos_id, files, encode, decode_all, special)
+    return Tokenizer(kind, Vocabulary(mask_id + 1, mask_id), eos_id, files, encode, decode_all, cut, special)
 
 
 def _byte(files: Mapping[str, bytes]) -> Tokenizer:
     """256 bytes of UTF-8, then the mask; byte 0, which text does not hold, separates documents."""
 
     def encode(text: str) -> np.ndarray:
-        return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64)
+        return np.frombuffer(text.encode(), dtype=np.uint8)
 
     def decode(ids: np.ndarray) -> str:
         return ids.astype(np.uint8).tobytes().decode(errors="replace")
 
-    return _finished("byte", 256, 0, files, encode, decode)
+    return _finished("byte", 256, 0, files, encode, decode, "character")
 
 
 def _char(files: Mapping[str, bytes]) -> Tokenizer:
@@ -209,12 +232,12 @@ def _char(files: Mapping[str, bytes]) -> Tokenizer:
         if unknown.size:
             named = repr(text[unknown[0]])
             raise UsageError(f"character {named} is not among the {len(characters)} of this char tokenizer")
-        return ids.astype(np.int64)
+        return ids
 
     def decode(ids: np.ndarray) -> str:
         return "".join(characters[i] for i in ids)
 
-    return _finished("char", len(characters), None, files, encode, decode)
+    return _finished("char", len(characters), None, files, encode, decode, "character")
 
 
 def _gpt2(files: Mapping[str, bytes]) -> Tokenizer:
@@ -227,15 +250,48 @@ def _gpt2(files: Mapping[str, bytes]) -> Tokenizer:
         )
     tiktoken = import_optional("tiktoken", "the gpt2 tokenizer")
     pairs = (line.split() for line in files[GPT2_FILE].splitlines())
-    ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
+    ranks = {binascii.a2b_base64(token): int(rank) for token, rank in pairs}
     bpe = tiktoken.Encoding(
         "gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": GPT2_RANKS}
     )
 
-    def encode(text: str) -> np.ndarray:
-        return bpe.encode_to_numpy(text, disallowed_special=()).astype(np.int64)
 
-    return _finished("gpt2", GPT2_RANKS + 1, GPT2_RANKS, files, encode, lambda ids: bpe.decode(ids.tolist()))
+    def encode_word(word: str) -> bytes:
+        ids = bpe.encode_ordinary(word)
+        return struct.pack(f"<{len(ids)}H", *ids)
+
+    known = _Words(encode_word)
+
+    def encode(text: str) -> np.ndarray:
+        parts = (b"".join(map(known.__getitem__, WORD.findall(part))) for part in _slices(text))
+        return np.frombuffer(b"".join(parts), dtype="<u2")
+
+    eos_id = GPT2_RANKS
+    return _finished("gpt2", eos_id + 1, eos_id, files, encode, lambda ids: bpe.decode(ids.tolist()), "word")
+
+
+class _Words(dict):
+    """Ids (as bytes) of the words met so far; a text repeats most of its words, and finding one is much cheaper than
+    encoding it."""
+
+    def __init__(self, encode: Callable[[str], bytes]):
+        super().__init__()
+        self._encode = encode
+
+    def __missing__(self, word: str) -> bytes:
+        ids = self._encode(word)
+        if len(self) < MAX_KNOWN_WORDS and len(word) < MAX_KNOWN_LENGTH:
+            self[word] = ids
+        return ids
+
+
+def _slices(text: str) -> Iterator[str]:
+    """A long text in parts that end where a word does, so that the words of only one part are in memory."""
+    start = 0
+    while len(text) - start > SLICE_CHARACTERS and (end := WORD_END.search(text, start + SLICE_CHARACTERS)):
+        yield text[start : end.end()]
+        start = end.end()
+    yield text[start:]
 
 
 def _gpt2_ranks() -> bytes:
@@ -280,7 +336,7 @@ def _hf(files: Mapping[str, bytes]) -> Tokenizer:
         with _said_by_library():
             return np.array(bpe.encode(text, add_special_tokens=False).ids, dtype=np.int64)
 
-    return Tokenizer("hf", Vocabulary(size, mask_id, gaps), eos_id, files, encode, decode, chat)
+    return Tokenizer("hf", Vocabulary(size, mask_id, gaps), eos_id, files, encode, decode, special_ids=chat)
 
 
 @contextmanager

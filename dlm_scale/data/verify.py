@@ -10,7 +10,7 @@ import numpy as np
 
 from dlm_scale.data.indexed import FLUSH_TOKENS
 from dlm_scale.data.loader import check_ids, open_split
-from dlm_scale.data.meta import BLOCK_BYTES
+from dlm_scale.data.meta import BLOCK_BYTES, DatasetMeta
 from dlm_scale.data.prepare import block_hashes
 from dlm_scale.data.tokenizer import load_tokenizer
 from dlm_scale.errors import UsageError
@@ -33,6 +33,14 @@ def verify(prefix: str) -> str:
         raise UsageError(f"{data.bin_path}: largest id {max_id}, meta.json says {split.max_id}. Prepare it again")
     load_tokenizer(Path(prefix).parent, meta)
     return f"{prefix}: {split.tokens:,} tokens in {split.documents:,} documents, {len(split.bin_xxh3)} blocks: all good"
+
+
+def summary(meta: DatasetMeta, out: str | Path) -> str:
+    """What stands in a dataset's folder, and what to do next."""
+    lines = [f"{out}/{name}: {split.tokens:,} tokens, {split.documents:,} documents, {split.bytes:,} text bytes"
+             for name, split in meta.splits.items()]  # fmt: skip
+    lines.append(f"tokenizer {meta.tokenizer.kind}: {meta.vocab_size} ids, the mask is {meta.mask_id}")
+    return "\n".join([*lines, f"train on it with data.train={out}/train data.validation={out}/val"])
 
 
 def stats(prefix: str) -> dict[str, Any]:

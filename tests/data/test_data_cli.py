@@ -68,8 +68,8 @@ def test_as_programs(tmp_path, repository_root, tool):
 
 def test_arguments_import_nothing_heavy_and_data_no_torch():
     code = (
-        "import argparse, sys; from dlm_scale.data import cli\n"
-        "cli.add_prepare_arguments(argparse.ArgumentParser()); cli.add_data_arguments(argparse.ArgumentParser())\n"
+        "import argparse, sys; from dlm_scale import prepare; from dlm_scale.data import cli\n"
+        "prepare.add_arguments(argparse.ArgumentParser()); cli.add_data_arguments(argparse.ArgumentParser())\n"
         "assert not {'numpy', 'torch'} & set(sys.modules)\n"
         "import dlm_scale.data.loader, dlm_scale.data.prepare, dlm_scale.data.verify\n"
         "assert not {'torch', 'tiktoken', 'tokenizers', 'datasets', 'pyarrow'} & set(sys.modules)"
