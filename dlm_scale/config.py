@@ -126,6 +126,9 @@ class PrepareConfig(Section):
     max_documents: NonNegative = 0
     max_tokens: NonNegative = 0
     deduplicate: bool = False
+    chat: str = ""
+    max_length: NonNegative = 0
+    special_tokens: Annotated[tuple[Text, ...], BeforeValidator(_texts)] = ()
 
 
 class DataConfig(Section):

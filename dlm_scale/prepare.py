@@ -43,6 +43,13 @@ OPTIONS = {
     "text_key": Option(str, "text", "a name", "key or column of the text in JSON Lines, Parquet, hf:"),
     "max_documents": Option(COUNT[0], 0, COUNT[1], "take at most so many documents (0: all)", "OWT_MAX_DOCS"),
     "max_tokens": Option(COUNT[0], 0, COUNT[1], "take documents up to so many tokens (0: all)", "OWT_MAX_TOKENS"),
+    "chat": Option(
+        str, "", "a name", "rows are conversations: a document an answer, by this template (chatml, or a Jinja file)"
+    ),
+    "max_length": Option(COUNT[0], 0, COUNT[1], "of an answer with its past: the oldest past goes first (0: any)"),
+    "special_tokens": Option(
+        lambda text: tuple(text.split(",")), (), "names with commas", "to add, as <|im_start|>,<|im_end|> (--chat adds its own)"
+    ),
     "deduplicate": Option(BOOLEAN[0], False, BOOLEAN[1], "true: take each text once (16 bytes of memory a document)"),
     "workers": Option(COUNT[0], 0, COUNT[1], "processes (default: one a core)", "OWT_NUM_PROC"),
     "from": Option(str, "", "a folder", "take the files of a recipe or of hf:NAME from this folder"),
@@ -69,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, option in OPTIONS.items():
         variable = f" [{option.variable}]" if option.variable else ""
         bare = {"nargs": "?", "const": "true"} if option.parse is _boolean else {}
+        bare = {"nargs": "?", "const": "chatml"} if name == "chat" else bare
         parser.add_argument(f"--{name}", help=option.help + variable, **bare)
     parser.add_argument("--overwrite", action="store_true", help="replace a dataset in OUT")
 
@@ -82,11 +90,14 @@ def run(args: argparse.Namespace) -> int:
     from dlm_scale.data.hub import RECIPES
 
     if len(source) == 1 and source[0] in RECIPES:
-        config = {"tokenizer": RECIPES[source[0]].tokenizer} | config
+        recipe = RECIPES[source[0]]
+        config = {"tokenizer": recipe.tokenizer, "chat": recipe.chat} | config
     chosen = {name: _value(name, getattr(args, name), os.environ, config) for name in OPTIONS}
     for name in ("tokenizer", "out"):
         if not chosen[name]:
             raise UsageError(f"--{name} is missing; see `dlm prepare --help`")
+    if chosen["chat"] and chosen["text_key"] == "text":
+        chosen["text_key"] = "messages"
     _prepare(list(source), chosen, args.overwrite)
     return 0
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dlm_scale.data.chat import PROMPTS_SUFFIX
 from dlm_scale.data.indexed import FLUSH_TOKENS, IndexedWriter
 from dlm_scale.data.shards import SPLITS, Shard
 from dlm_scale.errors import UsageError
@@ -20,12 +21,15 @@ TRAIN, VAL, DROPPED = 0, 1, -2
 
 @dataclass(frozen=True)
 class Choice:
-    """What of a source becomes a dataset; 0: no limit."""
+    """What of a source becomes a dataset; 0: no limit. `chat`: the template of conversations, each answer of which is a
+    document of at most `max_length` tokens."""
 
     val_fraction: float = 0.1
     max_documents: int = 0
     max_tokens: int = 0
     deduplicate: bool = False
+    chat: str = ""
+    max_length: int = 0
 
 
 class Seen:
@@ -87,9 +91,9 @@ class Assembler:
     """
 
     def __init__(self, folder: Path, dtype: np.dtype, choice: Choice):
-        self._choice, self.chooser = choice, Chooser(choice)
+        self._folder, self._choice, self.chooser = folder, choice, Chooser(choice)
         self._writers = [IndexedWriter(folder / name, dtype, resume=True) for name in SPLITS]
-        self.num_bytes = [0, 0]
+        self.num_bytes, self._prompts = [0, 0], ([], [])
         self._open: list[Shard] = []  # end inside a document
         self._chosen: list[tuple[Shard, np.ndarray]] = []  # of whose documents the sides are not known yet
         self._few_keys: list[int] = []
@@ -112,6 +116,9 @@ class Assembler:
                     " all the same. Give more text, or change --val_fraction"
                 )
             writer.close()
+        for name, prompts in zip(SPLITS, self._prompts, strict=True):
+            if self._choice.chat:
+                np.concatenate(prompts).tofile(self._folder / f"{name}{PROMPTS_SUFFIX}")
 
     def _choose(self) -> None:
         records = np.concatenate([shard.records for shard in self._open])
@@ -151,6 +158,7 @@ class Assembler:
         for side, writer in enumerate(self._writers):
             mine = records[sides == side]
             self.num_bytes[side] += int(mine["bytes"].sum())
+            self._prompts[side].append(mine["prompt"].copy())
             if not is_there:
                 writer.skip(mine["tokens"], mine["is_end"])
         if is_there:

@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dlm_scale.data.files import read_regular
 from dlm_scale.data.optional import import_optional
 from dlm_scale.errors import UsageError
 
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>", "<|delete|>")
+PROMPTS_SUFFIX = ".prompts"  # D/train.prompts: int32, for each document how many of its ids are the past
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
@@ -29,11 +31,21 @@ OPEN, CLOSE = "\ue000", "\ue001"  # around the number of a place holder; private
 PLACE = re.compile(f"{OPEN}(\\d+){CLOSE}")
 
 
+TEMPLATES = {"chatml": CHATML}
+
+
 class Turn(NamedTuple):
     """The ids of one answer, its end included, and of all that comes before it, int64 each."""
 
     prompt: np.ndarray
     answer: np.ndarray
+
+    def within(self, max_length: int) -> Turn:
+        """At most so many ids (0: all): the oldest past goes first, then the end of the answer."""
+        if not max_length:
+            return self
+        answer = self.answer[:max_length]
+        return Turn(self.prompt[max(0, len(self.prompt) + len(answer) - max_length) :], answer)
 
 
 @dataclass(frozen=True)
@@ -44,20 +56,19 @@ class Chat:
     special_ids: Mapping[str, int]
     encode: Callable[[str], np.ndarray]
 
-    def turns(self, messages: Sequence[Mapping[str, str]], where: str) -> Iterator[Turn]:
-        """A Turn for each message of the assistant. `where` names the conversation in errors. Raises UsageError."""
-        written = [_Written.of(message["content"]) for message in messages]
-        shown = [{**m, "content": w.shown(number)} for number, (m, w) in enumerate(zip(messages, written, strict=True))]
-        for number, message in enumerate(messages):
-            if message["role"] == ANSWERS:
+    def turns(self, messages: Sequence[tuple[str, str]], where: str) -> Iterator[Turn]:
+        """A Turn for each message (role, content) of the assistant. `where` names the conversation in errors.
+        Raises UsageError."""
+        written, shown = _places(messages)
+        for number, (role, _) in enumerate(messages):
+            if role == ANSWERS:
                 prompt = self._rendered(shown[:number], True, where)
                 whole = self._rendered(shown[: number + 1], False, where)
                 yield Turn(self._ids(prompt, written), self._ids(self._answer_in(whole, prompt, where), written))
 
-    def prompt(self, messages: Sequence[Mapping[str, str]], where: str = "the conversation") -> np.ndarray:
+    def prompt(self, messages: Sequence[tuple[str, str]], where: str = "the conversation") -> np.ndarray:
         """int64 ids of a conversation up to where the next answer begins. Raises UsageError."""
-        written = [_Written.of(message["content"]) for message in messages]
-        shown = [{**m, "content": w.shown(number)} for number, (m, w) in enumerate(zip(messages, written, strict=True))]
+        written, shown = _places(messages)
         return self._ids(self._rendered(shown, True, where), written)
 
     def _rendered(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool, where: str) -> str:
@@ -113,11 +124,29 @@ class _Written(NamedTuple):
         return f"{self.before}{OPEN}{number}{CLOSE}{self.after}" if self.text else self.before
 
 
+def _places(messages: Sequence[tuple[str, str]]) -> tuple[list[_Written], list[dict[str, str]]]:
+    """What was written, and the messages as the template sees them."""
+    written = [_Written.of(content) for _, content in messages]
+    roles = (role for role, _ in messages)
+    return written, [{"role": role, "content": w.shown(i)} for i, (role, w) in enumerate(zip(roles, written, strict=True))]
+
+
+def template_of(name: str) -> str:
+    """The text of a template: of a known name, or in a file. Raises UsageError."""
+    if name in TEMPLATES:
+        return TEMPLATES[name]
+    try:
+        return read_regular(name).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        known = ", ".join(TEMPLATES)
+        raise UsageError(f"--chat {name}: no template of that name ({known}), and as a file: {error}") from None
+
+
 def check_template(template: str, special_ids: Mapping[str, int]) -> str:
     """The template, if it makes answers that end. Raises UsageError."""
     if OPEN in template or CLOSE in template:
         raise UsageError("the chat template holds private characters (U+E000, U+E001), which mark places here")
-    example = [{"role": "user", "content": "question"}, {"role": ANSWERS, "content": "answer"}]
+    example = [("user", "question"), (ANSWERS, "answer")]
     next(Chat(template, special_ids, lambda text: np.zeros(0, np.int64)).turns(example, "an example"))
     return template
 
@@ -135,18 +164,14 @@ def _compiled(template: str) -> Any:
     return made.from_string(template)
 
 
-def messages_of(row: Any, key: str, where: str) -> list[dict[str, str]]:
-    """The messages under `key` of a row: a list of {role, content}, or of ShareGPT's {from, value}. UsageError."""
-    found = row.get(key) if isinstance(row, dict) else None
-    if not isinstance(found, (list, tuple)) or not found:
-        known = f"; give --text_key, one of: {', '.join(map(str, row))}" if isinstance(row, dict) else ""
-        raise UsageError(f"{where}: no messages under {key!r}{known}")
-    return [_message(item, f"{where} message {number}") for number, item in enumerate(found)]
+def messages_of(found: list, where: Callable[[], str]) -> list[tuple[str, str]]:
+    """(role, content) of each of a list of {role, content}, or of ShareGPT's {from, value}. UsageError."""
+    return [_message(item, number, where) for number, item in enumerate(found)]
 
 
-def _message(item: Any, where: str) -> dict[str, str]:
+def _message(item: Any, number: int, where: Callable[[], str]) -> tuple[str, str]:
     value = item if isinstance(item, dict) else {}
     role, content = value.get("role", value.get("from")), value.get("content", value.get("value"))
     if not isinstance(role, str) or not isinstance(content, str):
-        raise UsageError(f"{where}: expected an object with texts `role` and `content`, found {str(item)[:100]!r}")
-    return {"role": SHAREGPT_ROLES.get(role, role), "content": content}
+        raise UsageError(f"{where()}: message {number} is no object with texts `role` and `content`: {str(item)[:100]!r}")
+    return SHAREGPT_ROLES.get(role, role), content

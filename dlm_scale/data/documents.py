@@ -25,7 +25,8 @@ class Document(NamedTuple):
     """A text; `key` decides its split by hash (default: the text itself), unless `split` names it.
 
     A document may come in pieces: all but the last have `is_end` False, and each has the `hashes` of the whole. One
-    that is not `is_separated` gets no separator. `ids` are given where it was tokenized before.
+    that is not `is_separated` gets no separator. `ids` are given where it was tokenized before. Of a conversation
+    `messages` are (role, content), and `text` all that is said in it.
     """
 
     text: str
@@ -35,6 +36,7 @@ class Document(NamedTuple):
     is_end: bool = True
     hashes: Hashes | None = None
     ids: np.ndarray | None = None
+    messages: tuple[tuple[str, str], ...] | None = None
 
 
 def hashes_of(document: Document, raw: bytes) -> Hashes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dlm_scale.data.chat import messages_of
 from dlm_scale.data.documents import Chunk, Document, Source, batches
 from dlm_scale.data.optional import import_optional
 from dlm_scale.errors import UsageError
@@ -33,7 +35,8 @@ class HubOptions:
 class Recipe:
     """A named source: a dataset of the Hub, or a text at `url`; `validation` names a split that is validation as it is.
 
-    `title`: rows are lines of articles, each of which begins with a line that this pattern matches.
+    `title`: rows are lines of articles, each of which begins with a line that this pattern matches. `chat`: rows are
+    conversations, for this template.
     """
 
     about: str
@@ -44,6 +47,8 @@ class Recipe:
     validation: str = ""
     title: str = ""
     url: str = ""
+    split: str = "train"
+    chat: str = ""
 
 
 RECIPES = {
@@ -65,6 +70,18 @@ RECIPES = {
     "fineweb-edu": Recipe("educational web pages, 10 billion tokens", "HuggingFaceFW/fineweb-edu", "sample-10BT"),
     "tinystories": Recipe(
         "short stories, 2 GB, with their own validation", "roneneldan/TinyStories", validation="validation"
+    ),
+    "smol-smoltalk": Recipe(
+        "conversations for small models, with their own validation", "HuggingFaceTB/smol-smoltalk",
+        text_key="messages", validation="test", chat="chatml",
+    ),
+    "everyday-conversations": Recipe(
+        "2,000 short conversations, with their own validation", "HuggingFaceTB/everyday-conversations-llama3.1-2k",
+        text_key="messages", validation="test_sft", split="train_sft", chat="chatml",
+    ),
+    "nemotron-chat": Recipe(
+        "conversations that follow instructions", "nvidia/Nemotron-Instruction-Following-Chat-v1",
+        text_key="messages", split="chat_if", chat="chatml",
     ),
 }
 
@@ -93,7 +110,7 @@ def recipe_source(name: str, text_key: str, options: HubOptions) -> Source:
     recipe = RECIPES[name]
     if text_key != "text":
         recipe = Recipe(**{**vars(recipe), "text_key": text_key})
-    splits = {recipe.validation: "val", "train": "train"} if recipe.validation else {"train": None}
+    splits = {recipe.validation: "val", recipe.split: "train"} if recipe.validation else {recipe.split: None}
     return _source(name, recipe, splits, options)
 
 
@@ -104,8 +121,8 @@ def _source(name: str, recipe: Recipe, splits: dict[str, str | None], options: H
     def chunks(chunk_bytes: int, cut: str | None) -> Iterator[Chunk]:
         for table, role in tables.items():
             if recipe.title:
-                rows = _rows(table, 1, 0, recipe.text_key)
-                yield from batches((Document(t, split=role) for t in articles(rows, recipe.title)), chunk_bytes)
+                lines = (document.text for document in _rows(table, 1, 0, recipe.text_key))
+                yield from batches((Document(t, split=role) for t in articles(lines, recipe.title)), chunk_bytes)
                 continue
             parts = _num_parts(table, chunk_bytes)
             for part in range(parts):
@@ -130,10 +147,10 @@ def _table(name: str, recipe: Recipe, split: str, options: HubOptions) -> Table:
 
 def read_part(table: Table, parts: int, part: int, text_key: str, role: str | None) -> Iterator[Document]:
     """The rows of one of so many parts, in order."""
-    return (Document(text, split=role) for text in _rows(table, parts, part, text_key))
+    return _rows(table, parts, part, text_key, role)
 
 
-def _rows(table: Table, parts: int, part: int, text_key: str) -> Iterator[str]:
+def _rows(table: Table, parts: int, part: int, text_key: str, role: str | None = None) -> Iterator[Document]:
     with _said_by_library(table):
         opened = _opened(table)
         number = 0
@@ -142,7 +159,7 @@ def _rows(table: Table, parts: int, part: int, text_key: str) -> Iterator[str]:
                 raise UsageError(f"{table.name} has no column {text_key!r}; give --text_key, one of: "
                                  f"{', '.join(batch.column_names)}")  # fmt: skip
             for text in batch[text_key].to_pylist():
-                yield text_of({text_key: text}, text_key, lambda: f"{table.name} row {number} of part {part}")
+                yield document_of({text_key: text}, text_key, lambda: f"{table.name} row {number} of part {part}", role)
                 number += 1
 
 
@@ -193,11 +210,24 @@ def articles(lines: Iterator[str], title: str) -> Iterator[str]:
     yield "".join(article)
 
 
+def document_of(row: Any, text_key: str, where: Callable[[], str], split: str | None = None) -> Document:
+    """The text of a row, or its conversation where a list stands under the key. Raises UsageError that names `where()`."""
+    found = row.get(text_key) if isinstance(row, dict) else None
+    if not isinstance(found, list) or not found:
+        return Document(text_of(row, text_key, where), split=split)
+    messages = tuple((_encodable(role), _encodable(content)) for role, content in messages_of(found, where))
+    return Document("\n".join(itertools.chain(*messages)), split=split, messages=messages)
+
+
 def text_of(row: Any, text_key: str, where: Callable[[], str]) -> str:
     """The text of a row. Raises UsageError that names `where()`."""
     text = row.get(text_key) if isinstance(row, dict) else None
     if not isinstance(text, str):
         known = f"; give --text_key, one of: {', '.join(map(str, row))}" if isinstance(row, dict) else ""
         raise UsageError(f"{where()}: no text under {text_key!r}{known}")
-    # a lone surrogate is legal in JSON and in no encoding
+    return _encodable(text)
+
+
+def _encodable(text: str) -> str:
+    """A lone surrogate is legal in JSON and in no encoding."""
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

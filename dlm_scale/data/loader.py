@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from dlm_scale.data.chat import PROMPTS_SUFFIX
+from dlm_scale.data.files import read_regular
 from dlm_scale.data.indexed import IndexedDataset
 from dlm_scale.data.meta import DatasetMeta, TokenizerFiles, TokenizerMeta, load_meta
 from dlm_scale.data.mixture import Mixture, mix
 from dlm_scale.data.order import row_of
 from dlm_scale.data.packing import VERSION as packing_version
-from dlm_scale.data.packing import open_plan
+from dlm_scale.data.packing import one_a_row, open_plan
 from dlm_scale.data.rows import PackedDocuments, Windows, assemble, merge, pad_id_of, refuse_id, windows_of
 from dlm_scale.data.sharded import ShardedRows
 from dlm_scale.data.stream import ShardStream
@@ -166,6 +168,37 @@ def _windows(data: IndexedDataset, meta: DatasetMeta, seq_len: int) -> Windows:
     return windows_of(data.bin_path, data.tokens, seq_len, meta.vocabulary)
 
 
+def _answers(data: IndexedDataset, meta: DatasetMeta, seq_len: int, packing: str) -> PackedDocuments:
+    """Answers with their past, one a row or packed; the past is never masked. Raises UsageError where one is longer."""
+    past_D, bounds_D1 = read_past(data, meta), data.bounds(0, data.num_documents)
+    longest = int(np.diff(bounds_D1).max())
+    if longest > seq_len:
+        raise UsageError(f"{data.prefix}: the longest answer has {longest} tokens with its past, and model.seq_len is "
+                         f"{seq_len}. Prepare with --max_length {seq_len}, or raise seq_len")  # fmt: skip
+    packed = _packed(data, meta, seq_len) if packing != "none" else PackedDocuments(
+        data.bin_path, data.tokens, one_a_row(data.bounds, data.num_documents, seq_len), meta.vocabulary,
+        pad_id_of(meta.eos_id, meta.vocabulary),
+    )  # fmt: skip
+    return replace(packed, past=(bounds_D1[:-1], past_D))
+
+
+def read_past(data: IndexedDataset, meta: DatasetMeta) -> np.ndarray:
+    """int32 [D]: how many tokens of each document are the past of its answer. Raises UsageError."""
+    path = Path(f"{data.prefix}{PROMPTS_SUFFIX}")
+    hashes = meta.source.get("prompts_xxh3")
+    try:
+        raw = read_regular(path)
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}. Copy the dataset again, or prepare it again") from error
+    if not isinstance(hashes, dict) or hashes.get(Path(data.prefix).name) != xxhash.xxh3_64_hexdigest(raw):
+        raise UsageError(f"{path} is not the one that meta.json names. Copy the dataset again, or prepare it again")
+    past_D = np.frombuffer(raw, dtype="<i4")
+    length_D = np.diff(data.bounds(0, data.num_documents))
+    if past_D.shape != length_D.shape or past_D.min() < 0 or not (past_D < length_D).all():
+        raise UsageError(f"{path} does not fit the documents of {data.prefix}. Prepare the dataset again")
+    return past_D
+
+
 def _packed(data: IndexedDataset, meta: DatasetMeta, seq_len: int) -> PackedDocuments:
     plan = open_plan(data.prefix, data.bounds, data.num_documents, xxhash.xxh3_64_hexdigest(data.index), seq_len)
     data.release()
@@ -179,7 +212,12 @@ def _shuffled(prefixes: list[str], schedule: Mixture, seq_len: int, seed: int, p
     """Each member is passed in its own keyed order over all of its rows."""
     opened = [open_split(prefix) for prefix in prefixes]
     _require_one_tokenizer(prefixes, [meta for meta, _, _ in opened])
-    members = [PACKING[packing](data, meta, seq_len) for meta, _, data in opened]
+    members = [
+        _answers(data, meta, seq_len, packing) if meta.is_chat else PACKING[packing](data, meta, seq_len)
+        for meta, _, data in opened
+    ]
+    if len({meta.is_chat for meta, _, _ in opened}) > 1 and packing == "none":
+        raise UsageError("data.train mixes conversations with text: their rows are alike only with data.packing=best_fit")
     for _, _, data in opened:
         if len(data.tokens) > SCANNED_TOKENS:  # smaller ones have been read as a whole
             data.expect_random_reads()

@@ -139,6 +139,13 @@ def _counts(length_N: np.ndarray, seq_len: int) -> tuple[int, int]:
     return np.count_nonzero(length_N >= seq_len), np.count_nonzero(length_N % seq_len)
 
 
+def one_a_row(bounds: Bounds, num_documents: int, seq_len: int) -> PackingPlan:
+    """The plan of documents of at most L tokens each, every one in a row of its own, in file order."""
+    bounds_D1 = bounds(0, num_documents)
+    none, row_piece_R1 = np.zeros(0, np.int64), np.arange(num_documents + 1)
+    return PackingPlan(seq_len, np.zeros(1, np.int64), none, row_piece_R1, bounds_D1[:-1], np.diff(bounds_D1))
+
+
 def _pack_group(bounds_N1: np.ndarray, seq_len: int) -> tuple[np.ndarray, ...]:
     """Of some documents: (full rows, first token) of the long ones, pieces of each row, (first token, length) of each
     piece, row by row and within a row in file order."""

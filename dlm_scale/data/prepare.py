@@ -21,8 +21,9 @@ import numpy as np
 import xxhash
 
 from dlm_scale.data.assemble import Assembler, Choice, Chooser
+from dlm_scale.data.chat import CHAT_TOKENS, PROMPTS_SUFFIX, check_template, template_of
 from dlm_scale.data.documents import CHUNK_BYTES, Chunk, Source
-from dlm_scale.data.files import sync, sync_folder
+from dlm_scale.data.files import read_regular, sync, sync_folder
 from dlm_scale.data.hub import HubOptions
 from dlm_scale.data.indexed import FLUSH_TOKENS, IndexedDataset, token_dtype
 from dlm_scale.data.meta import BLOCK_BYTES, FORMAT_VERSION, META_NAME, DatasetMeta, SplitMeta, read_meta, write_meta
@@ -54,6 +55,9 @@ def prepare(
     workers: int = 0,
     hub: HubOptions = HubOptions(),
     chunk_bytes: int = CHUNK_BYTES,
+    chat: str = "",
+    max_length: int = 0,
+    special_tokens: Sequence[str] = (),
 ) -> DatasetMeta:
     """Tokenize `source` (see `open_source`) with `tokenizer` (see `make_tokenizer`) into the folder `out`.
 
@@ -62,11 +66,18 @@ def prepare(
     Documents are taken while there are at most `max_documents` and `max_tokens` (0: all); `deduplicate` takes each
     text once. The same input gives the same bytes with any number of `workers` (0: one a core), after any number of
     kills. UsageError leaves a dataset in `out` alone.
+
+    `chat` names the template of conversations (see `chat.template_of`): each answer becomes a document with the past
+    that it may see, of at most `max_length` tokens (0: any), in D/train.prompts the length of that past.
+    `special_tokens`: names to add behind the tokenizer's own; a template brings CHAT_TOKENS.
     """
-    _check(val_fraction, max_documents, max_tokens, workers)
-    choice = Choice(val_fraction, max_documents, max_tokens, deduplicate)
+    _check(val_fraction, max_documents, max_tokens, workers, max_length)
+    choice = Choice(val_fraction, max_documents, max_tokens, deduplicate, chat and template_of(chat), max_length)
+    if max_length and not chat:
+        raise UsageError(f"--max_length {max_length} is the longest answer with its past: it needs --chat")
     stream = open_source(source, text_key, hub)
-    return prepare_source(stream, tokenizer, out, choice, overwrite=overwrite, workers=workers, chunk_bytes=chunk_bytes)
+    return prepare_source(stream, tokenizer, out, choice, overwrite=overwrite, workers=workers, chunk_bytes=chunk_bytes,
+                          special_tokens=special_tokens or (CHAT_TOKENS if chat else ()))  # fmt: skip
 
 
 def prepare_source(
@@ -78,12 +89,15 @@ def prepare_source(
     overwrite: bool = False,
     workers: int = 0,
     chunk_bytes: int = CHUNK_BYTES,
+    special_tokens: Sequence[str] = (),
 ) -> DatasetMeta:
     """As `prepare`, of a source that is open."""
     out, workers = Path(out), workers or cores()
     _refuse_taken(out, overwrite or any((out / STAGING).glob(f"*/{FINAL}")))
     _require_space(out, source, tokenizer)
-    made = make_tokenizer(tokenizer, _characters(source, choice, chunk_bytes, workers))
+    made = make_tokenizer(tokenizer, _characters(source, choice, chunk_bytes, workers), special_tokens)
+    if choice.chat:
+        check_template(choice.chat, made.special_ids)
     chunks = _chunks_of(source, choice, chunk_bytes, made.cut)
     with _staging(out, _plan(source, made, choice, chunk_bytes)) as folder:
         if not (folder / FINAL).exists():
@@ -92,10 +106,11 @@ def prepare_source(
         return _publish(folder, out)
 
 
-def _check(val_fraction: float, max_documents: int, max_tokens: int, workers: int) -> None:
+def _check(val_fraction: float, max_documents: int, max_tokens: int, workers: int, max_length: int) -> None:
     if not 0 < val_fraction < 1:
         raise UsageError(f"--val_fraction {val_fraction} must lie between 0 and 1")
-    for name, value in (("max_documents", max_documents), ("max_tokens", max_tokens), ("workers", workers)):
+    for name, value in (("max_documents", max_documents), ("max_tokens", max_tokens), ("workers", workers),
+                        ("max_length", max_length)):  # fmt: skip
         if value < 0:
             raise UsageError(f"--{name} {value} must be 0 ({'a worker a core' if name == 'workers' else 'all'}) or more")
 
@@ -108,6 +123,8 @@ def _refuse_taken(out: Path, overwrite: bool) -> None:
 
 def _chunks_of(source: Source, choice: Choice, chunk_bytes: int, cut: str | None) -> Chunks:
     """The chunks of a source; of one that is one document, those of its two halves."""
+    if choice.chat:
+        return lambda: source.chunks(chunk_bytes, cut)
     found, only = 0, None
     wanted = 1 if choice.max_documents == 1 else 2
     for chunk in source.chunks(chunk_bytes, cut):
@@ -127,6 +144,7 @@ def _chunks_of(source: Source, choice: Choice, chunk_bytes: int, cut: str | None
 
 def _characters(source: Source, choice: Choice, chunk_bytes: int, workers: int) -> Iterator[str]:
     """All characters of the documents that are taken; nothing is read before they are asked for."""
+    yield choice.chat
     if not choice.max_documents and not choice.max_tokens:
         tasks = ((number, (characters_of, (c,))) for number, c in enumerate(source.chunks(chunk_bytes, "character")))
         yield from ("".join(found) for _, found in run_tasks(tasks, workers))
@@ -208,7 +226,7 @@ def _say(text: str) -> None:
 
 def _build(folder: Path, chunks: Chunks, tokenizer: Tokenizer, choice: Choice, source: Source, workers: int) -> None:
     """Everything of the dataset, in FINAL."""
-    save_tokenizer(tokenizer, folder)
+    save_tokenizer(tokenizer, folder, choice.chat, choice.max_length)
     building = folder / BUILDING
     assembler = Assembler(building, token_dtype(tokenizer.vocabulary.size), choice)
     for shard in _shards(folder, chunks, choice, workers, lambda: assembler.chooser.is_full):
@@ -221,6 +239,8 @@ def _build(folder: Path, chunks: Chunks, tokenizer: Tokenizer, choice: Choice, s
     floor = source.floor if tokenizer.kind in ("byte", "char") else None  # known per letter
     options = {key: value for key, value in asdict(choice).items() if value and key != "val_fraction"}
     dropped = {"duplicates": assembler.chooser.duplicates} if choice.deduplicate else {}
+    if choice.chat:
+        options["prompts_xxh3"] = {name: prompts_hash(building / name) for name in SPLITS}
     about = {"splits": splits, "source": source.description | options | dropped, "floor": floor}
     write_meta(DatasetMeta(**vars(tokenizer.meta), format_version=FORMAT_VERSION, **about), building / META_NAME)
     for path in building.iterdir():
@@ -286,6 +306,11 @@ class _Progress:
         return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
+def prompts_hash(prefix: str | Path) -> str:
+    """xxh3 (64 bit, hex) of PREFIX.prompts."""
+    return xxhash.xxh3_64_hexdigest(read_regular(f"{prefix}{PROMPTS_SUFFIX}"))
+
+
 def block_hashes(path: str | Path) -> tuple[str, ...]:
     """xxh3 (64 bit, hex) of each 64 MiB of a file."""
     with open(path, "rb") as file:
@@ -328,6 +353,8 @@ def _publish(folder: Path, out: Path) -> DatasetMeta:
     final = folder / FINAL
     if (final / META_NAME).exists():
         (out / META_NAME).unlink(missing_ok=True)
+        for name in SPLITS:
+            (out / f"{name}{PROMPTS_SUFFIX}").unlink(missing_ok=True)
         sync_folder(out)
     for path in sorted(final.iterdir(), key=lambda p: p.name == META_NAME):
         if path.name == META_NAME:

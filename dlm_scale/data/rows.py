@@ -58,13 +58,15 @@ class Windows:
 @dataclass(frozen=True)
 class PackedDocuments:
     """The rows of a packing plan over the tokens of one split. What a row has left is padding: `pad_id`, not maskable,
-    and a segment of its own."""
+    and a segment of its own. So is not maskable what `past` says of each document: (token at which it begins, how many
+    of its tokens are the past of an answer), ascending, of all documents; each must lie in one piece."""
 
     bin_path: str
     tokens: np.ndarray
     plan: PackingPlan
     vocabulary: Vocabulary
     pad_id: int
+    past: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
     def num_rows(self) -> int:
@@ -83,13 +85,24 @@ class PackedDocuments:
         if bad is not None:
             refuse_id(self.bin_path, int(offset_T[bad]), int(ids_T[bad]), self.vocabulary)
         used_B = np.add.reduceat(length_S, np.cumsum(count_B) - count_B)
-        maskable_BL = np.arange(shape[1]) < used_B[:, None]
+        is_used_BL = np.arange(shape[1]) < used_B[:, None]
         ids_BL, is_start_BL = np.full(shape, self.pad_id, dtype=np.int64), np.zeros(shape, dtype=bool)
-        ids_BL[maskable_BL] = ids_T
-        is_start_BL[maskable_BL] = _starts(length_S)
+        ids_BL[is_used_BL] = ids_T
+        is_start_BL[is_used_BL] = _starts(length_S)
+        maskable_BL = is_used_BL
+        if self.past is not None:
+            maskable_BL = is_used_BL.copy()
+            maskable_BL[is_used_BL] = self._is_answer(start_S, length_S)
         is_padded_B = used_B < shape[1]
         is_start_BL[is_padded_B, used_B[is_padded_B]] = True
         return ids_BL, maskable_BL, is_start_BL
+
+
+    def _is_answer(self, start_S: np.ndarray, length_S: np.ndarray) -> np.ndarray:
+        """bool [T] over the tokens of these documents: whether they are beyond its past."""
+        start_D, past_D = self.past
+        past_S = past_D[np.searchsorted(start_D, start_S)]
+        return ranges(np.zeros_like(length_S), length_S) >= np.repeat(past_S, length_S)
 
 
 def _starts(length_S: np.ndarray) -> np.ndarray:

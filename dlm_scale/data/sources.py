@@ -17,7 +17,7 @@ import xxhash
 from dlm_scale.data.corpora import grammar_source, stdlib_source
 from dlm_scale.data.documents import Chunk, Document, Hashes, Source, given
 from dlm_scale.data.files import open_regular, parse_json, read_regular
-from dlm_scale.data.hub import RECIPES, HubOptions, hub_source, recipe_source, text_of
+from dlm_scale.data.hub import RECIPES, HubOptions, document_of, hub_source, recipe_source
 from dlm_scale.data.optional import import_optional
 from dlm_scale.data.tokenizer import CUTS
 from dlm_scale.errors import UsageError
@@ -242,7 +242,7 @@ def _of_line(line: bytes | bytearray, text_key: str, where: Callable[[], str]) -
             row = json.loads(line)
         except (ValueError, RecursionError):
             row = parse_json(line, f"{where()}:", "not a line of JSON")
-        yield Document(text_of(row, text_key, where))
+        yield document_of(row, text_key, where)
 
 
 def _zst_chunks(path: Path, text_key: str, chunk_bytes: int) -> Iterator[Chunk]:
@@ -316,7 +316,7 @@ def read_parquet(path: Path, first: int, stop: int, text_key: str) -> Iterator[D
             batch_size=1024, row_groups=range(first, stop), columns=[text_key], use_threads=False
         )
         for batch in rows:
-            yield from (Document(text_of(row, text_key, lambda: str(path))) for row in batch.to_pylist())
+            yield from (document_of(row, text_key, lambda: str(path)) for row in batch.to_pylist())
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dlm_scale.data.indexed import FLUSH_TOKENS
-from dlm_scale.data.loader import check_ids, open_split
+from dlm_scale.data.loader import check_ids, open_split, read_past
 from dlm_scale.data.meta import BLOCK_BYTES, DatasetMeta
 from dlm_scale.data.prepare import block_hashes
 from dlm_scale.data.tokenizer import load_tokenizer
@@ -32,6 +32,8 @@ def verify(prefix: str) -> str:
     if max_id != split.max_id:
         raise UsageError(f"{data.bin_path}: largest id {max_id}, meta.json says {split.max_id}. Prepare it again")
     load_tokenizer(Path(prefix).parent, meta)
+    if meta.is_chat:
+        read_past(data, meta)
     return f"{prefix}: {split.tokens:,} tokens in {split.documents:,} documents, {len(split.bin_xxh3)} blocks: all good"
 
 

@@ -20,8 +20,7 @@ def chat(template=CHATML):
 
 
 def said(*contents):
-    roles = ["user", "assistant"] * len(contents)
-    return [{"role": role, "content": content} for role, content in zip(roles, contents)]
+    return list(zip(["user", "assistant"] * len(contents), contents))
 
 
 def shown(ids):
@@ -78,22 +77,31 @@ def test_the_default_template_serves():
 
 
 def test_messages_of_both_forms():
-    assert messages_of({"messages": said("a", "b")}, "messages", "row") == said("a", "b")
+    plain = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     share = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
-    assert messages_of({"conversations": share}, "conversations", "row") == said("a", "b")
+    assert messages_of(plain, str) == messages_of(share, str) == said("a", "b")
 
 
-@pytest.mark.parametrize("row", [{}, [], None, {"messages": "text"}, {"messages": []}, {"messages": [1]},
-                                 {"messages": [{"role": "user"}]}, {"messages": [{"role": 1, "content": "a"}]}])
-def test_rows_without_messages_are_refused(row):
-    with pytest.raises(UsageError, match="data.jsonl:3"):
-        messages_of(row, "messages", "data.jsonl:3")
+@pytest.mark.parametrize("item", [1, None, "text", {"role": "user"}, {"role": 1, "content": "a"}, {"content": "a"}])
+def test_messages_without_role_or_content_are_refused(item):
+    with pytest.raises(UsageError, match="data.jsonl:3: message 1"):
+        messages_of([{"role": "user", "content": "a"}, item], lambda: "data.jsonl:3")
+
+
+def test_what_is_too_long_loses_its_oldest_past_and_then_the_end_of_the_answer():
+    (turn,) = chat().turns(said("a" * 50, "b" * 20), "row")
+    assert turn.within(0) is turn and len(turn.answer) == 21
+    short = turn.within(40)
+    assert len(short.prompt) == 19 and np.array_equal(short.prompt, turn.prompt[-19:])
+    assert np.array_equal(short.answer, turn.answer)
+    assert len(turn.within(21).prompt) == 0 and np.array_equal(turn.within(10).answer, turn.answer[:10])
 
 
 def test_the_ids_are_those_of_the_rendered_text_with_special_tokens():
     """What transformers does: render, then let the tokenizer find the special tokens in the text."""
     jinja2 = pytest.importorskip("jinja2")
-    messages = [{"role": "system", "content": "Be brief."}, *said("What is 2+2?", "4", "Thanks!", "Gern.")]
-    text = jinja2.Template(CHATML).render(messages=messages[:4], add_generation_prompt=True)
+    messages = [("system", "Be brief."), *said("What is 2+2?", "4", "Thanks!", "Gern.")]
+    shown_to_it = [{"role": role, "content": content} for role, content in messages[:4]]
+    text = jinja2.Template(CHATML).render(messages=shown_to_it, add_generation_prompt=True)
     turns = list(chat().turns(messages, "row"))
     assert shown(turns[1].prompt) == text
