@@ -51,6 +51,8 @@ OPTIONS = {
         lambda text: tuple(text.split(",")), (), "names with commas", "to add, as <|im_start|>,<|im_end|> (--chat adds its own)"
     ),
     "deduplicate": Option(BOOLEAN[0], False, BOOLEAN[1], "true: take each text once (16 bytes of memory a document)"),
+    "stream": Option(BOOLEAN[0], False, BOOLEAN[1], "true: publish shards at once, for data.order=sharded"),
+    "stream_tokens": Option(COUNT[0], 1 << 24, COUNT[1], "tokens of such a shard (default 16,777,216)"),
     "workers": Option(COUNT[0], 0, COUNT[1], "processes (default: one a core)", "OWT_NUM_PROC"),
     "from": Option(str, "", "a folder", "take the files of a recipe or of hf:NAME from this folder"),
     "streaming": Option(BOOLEAN[0], True, BOOLEAN[1], "false: download hf: datasets and recipes first", "OWT_STREAMING"),

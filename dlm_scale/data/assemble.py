@@ -13,6 +13,7 @@ import numpy as np
 from dlm_scale.data.chat import PROMPTS_SUFFIX
 from dlm_scale.data.indexed import FLUSH_TOKENS, IndexedWriter
 from dlm_scale.data.shards import SPLITS, Shard
+from dlm_scale.data.stream_out import StreamOut
 from dlm_scale.errors import UsageError
 
 FEW_DOCUMENTS = 100
@@ -90,10 +91,11 @@ class Assembler:
     their ids, lead to the same files.
     """
 
-    def __init__(self, folder: Path, dtype: np.dtype, choice: Choice):
+    def __init__(self, folder: Path, dtype: np.dtype, choice: Choice, stream: StreamOut | None = None):
         self._folder, self._choice, self.chooser = folder, choice, Chooser(choice)
         self._writers = [IndexedWriter(folder / name, dtype, resume=True) for name in SPLITS]
         self.num_bytes, self._prompts = [0, 0], ([], [])
+        self._stream = stream
         self._open: list[Shard] = []  # end inside a document
         self._chosen: list[tuple[Shard, np.ndarray]] = []  # of whose documents the sides are not known yet
         self._few_keys: list[int] = []
@@ -115,6 +117,9 @@ class Assembler:
                     f"the {Path(writer.prefix).name} split came out empty: SOURCE is too short, or its documents are"
                     " all the same. Give more text, or change --val_fraction"
                 )
+        if self._stream:
+            self._stream.finish(self._writers[TRAIN])
+        for writer in self._writers:
             writer.close()
         for name, prompts in zip(SPLITS, self._prompts, strict=True):
             if self._choice.chat:
@@ -166,6 +171,8 @@ class Assembler:
             for writer in self._writers:
                 writer.sync()
             shard.ids_path.unlink()
+        if self._stream:
+            self._stream.after(self._writers[TRAIN])
 
     def _copy_ids(self, shard: Shard, sides: np.ndarray) -> None:
         ends = np.cumsum(shard.records["tokens"])

@@ -64,6 +64,17 @@ class IndexedWriter:
         self._count(lengths, is_end)
         self._bin.seek(self.num_tokens * self.dtype.itemsize)
 
+    @property
+    def is_inside(self) -> bool:
+        """Whether a document has begun that has not ended."""
+        return self._open_length > 0
+
+    def lengths(self, start: int) -> list[int]:
+        """Of the documents from number `start` on that have ended."""
+        ends = np.append(np.setdiff1d(np.arange(len(self._lengths)), self._continued), len(self._lengths))
+        sums = np.add.reduceat(np.frombuffer(self._lengths, "<i4"), ends[:-1], dtype=np.int64) if len(ends) > 1 else []
+        return [int(length) for length in sums[start:]]
+
     def sync(self) -> None:
         """All ids so far are on the disk when this returns."""
         sync(self._bin)

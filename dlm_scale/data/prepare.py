@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from dlm_scale.data.indexed import FLUSH_TOKENS, IndexedDataset, token_dtype
 from dlm_scale.data.meta import BLOCK_BYTES, FORMAT_VERSION, META_NAME, DatasetMeta, SplitMeta, read_meta, write_meta
 from dlm_scale.data.shards import RECORD, SPLITS, Shard, read_shard, record_of, save_tokenizer, shard_paths, write_shard
 from dlm_scale.data.sources import halves, open_source
+from dlm_scale.data.stream_out import SHARD_TOKENS, StreamOut
 from dlm_scale.data.tokenizer import Tokenizer, make_tokenizer
 from dlm_scale.data.workers import cores, run_tasks
 from dlm_scale.errors import UsageError
@@ -58,6 +59,8 @@ def prepare(
     chat: str = "",
     max_length: int = 0,
     special_tokens: Sequence[str] = (),
+    stream: bool = False,
+    stream_tokens: int = SHARD_TOKENS,
 ) -> DatasetMeta:
     """Tokenize `source` (see `open_source`) with `tokenizer` (see `make_tokenizer`) into the folder `out`.
 
@@ -69,15 +72,19 @@ def prepare(
 
     `chat` names the template of conversations (see `chat.template_of`): each answer becomes a document with the past
     that it may see, of at most `max_length` tokens (0: any), in D/train.prompts the length of that past.
-    `special_tokens`: names to add behind the tokenizer's own; a template brings CHAT_TOKENS.
+    `stream`: OUT/train.stream.json lists shards of about `stream_tokens` tokens as soon as they are there, so that
+    training may begin (`data.order=sharded`). `special_tokens`: names to add behind the tokenizer's own; a template brings CHAT_TOKENS.
     """
     _check(val_fraction, max_documents, max_tokens, workers, max_length)
     choice = Choice(val_fraction, max_documents, max_tokens, deduplicate, chat and template_of(chat), max_length)
+    if stream and chat:
+        raise UsageError("--stream publishes text as it comes; conversations are prepared as a whole: leave one out")
     if max_length and not chat:
         raise UsageError(f"--max_length {max_length} is the longest answer with its past: it needs --chat")
-    stream = open_source(source, text_key, hub)
-    return prepare_source(stream, tokenizer, out, choice, overwrite=overwrite, workers=workers, chunk_bytes=chunk_bytes,
-                          special_tokens=special_tokens or (CHAT_TOKENS if chat else ()))  # fmt: skip
+    opened = open_source(source, text_key, hub)
+    return prepare_source(opened, tokenizer, out, choice, overwrite=overwrite, workers=workers, chunk_bytes=chunk_bytes,
+                          special_tokens=special_tokens or (CHAT_TOKENS if chat else ()),
+                          stream_tokens=stream_tokens if stream else 0)  # fmt: skip
 
 
 def prepare_source(
@@ -90,6 +97,7 @@ def prepare_source(
     workers: int = 0,
     chunk_bytes: int = CHUNK_BYTES,
     special_tokens: Sequence[str] = (),
+    stream_tokens: int = 0,
 ) -> DatasetMeta:
     """As `prepare`, of a source that is open."""
     out, workers = Path(out), workers or cores()
@@ -99,11 +107,16 @@ def prepare_source(
     if choice.chat:
         check_template(choice.chat, made.special_ids)
     chunks = _chunks_of(source, choice, chunk_bytes, made.cut)
-    with _staging(out, _plan(source, made, choice, chunk_bytes)) as folder:
-        if not (folder / FINAL).exists():
-            _refuse_taken(out, overwrite)
-            _build(folder, chunks, made, choice, source, workers)
-        return _publish(folder, out)
+    plan = _plan(source, made, choice, chunk_bytes)
+    with _staging(out, plan) as folder:
+        with StreamOut(out, folder, made, plan, stream_tokens) if stream_tokens else nullcontext() as stream:
+            if not (folder / FINAL).exists():
+                _refuse_taken(out, overwrite)
+                _build(folder, chunks, made, choice, source, workers, stream)
+            meta = _publish(folder, out)
+            if stream:
+                stream.remove_shards()
+        return meta
 
 
 def _check(val_fraction: float, max_documents: int, max_tokens: int, workers: int, max_length: int) -> None:
@@ -224,11 +237,14 @@ def _say(text: str) -> None:
     print(f"prepare: {text}", file=sys.stderr)
 
 
-def _build(folder: Path, chunks: Chunks, tokenizer: Tokenizer, choice: Choice, source: Source, workers: int) -> None:
+def _build(
+    folder: Path, chunks: Chunks, tokenizer: Tokenizer, choice: Choice, source: Source, workers: int,
+    stream: StreamOut | None,
+) -> None:  # fmt: skip
     """Everything of the dataset, in FINAL."""
     save_tokenizer(tokenizer, folder, choice.chat, choice.max_length)
     building = folder / BUILDING
-    assembler = Assembler(building, token_dtype(tokenizer.vocabulary.size), choice)
+    assembler = Assembler(building, token_dtype(tokenizer.vocabulary.size), choice, stream)
     for shard in _shards(folder, chunks, choice, workers, lambda: assembler.chooser.is_full):
         assembler.add(shard)
     (folder / "all_shards").touch()
