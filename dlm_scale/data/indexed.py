@@ -161,9 +161,9 @@ class IndexedDataset:
         for array in (self.tokens, self.index):
             _mapping(array).madvise(mmap.MADV_DONTNEED)
 
-    def expect_random_reads(self) -> None:
-        """Tokens will be read here and there: then reading ahead of them, as the system does, costs much for nothing."""
-        _mapping(self.tokens).madvise(mmap.MADV_RANDOM)
+    def expect_random_reads(self, is_random: bool = True) -> None:
+        """Whether tokens are read here and there: then what the system reads ahead of them costs much for nothing."""
+        _mapping(self.tokens).madvise(mmap.MADV_RANDOM if is_random else mmap.MADV_NORMAL)
 
     def _check_index(self, pointers: np.ndarray) -> None:
         if pointers[0] != 0:

@@ -32,7 +32,7 @@ from dlm_scale.diffusion.rng import Stream, philox
 from dlm_scale.diffusion.segments import Rows
 from dlm_scale.errors import UsageError
 
-SCANNED_TOKENS = 1 << 25  # at open: 20 ms of reading
+SCANNED_TOKENS, STRETCHES, STRETCH_TOKENS = 1 << 25, 64, 1 << 16  # at open: 20 ms of reading
 
 
 @dataclass(frozen=True)
@@ -91,21 +91,27 @@ def open_split(prefix: str | Path) -> tuple[DatasetMeta, str, IndexedDataset]:
                 f"{data.prefix}: {key} is {value} in the files and {getattr(split, key)} in meta.json: they are not of"
                 " one dataset. Copy it again, or prepare it again"
             )
+    data.expect_random_reads(_is_large(data))
     for start, stop in _scanned_at_open(len(data.tokens)):
         check_ids(data, start, stop, meta.vocabulary)
         data.release()
+    data.expect_random_reads(False)
     return meta, name, data
 
 
+def _is_large(data: IndexedDataset) -> bool:
+    """Smaller ones are read as a whole when they are opened."""
+    return len(data.tokens) > SCANNED_TOKENS
+
+
 def _scanned_at_open(num_tokens: int) -> Iterator[tuple[int, int]]:
-    """Every token of a small file, piecewise; of a large one 64 evenly spaced stretches (`dlm data verify` reads all of it)."""
-    stretch = SCANNED_TOKENS // 64
+    """Every token of a small file; of a large one evenly spaced stretches (`dlm data verify` reads all of it)."""
     if num_tokens <= SCANNED_TOKENS:
-        yield from ((start, min(start + stretch, num_tokens)) for start in range(0, num_tokens, stretch))
+        starts = list(range(0, num_tokens, STRETCH_TOKENS))
     else:
-        for i in range(64):
-            start = i * (num_tokens - stretch) // 63
-            yield start, start + stretch
+        starts = [i * (num_tokens - STRETCH_TOKENS) // (STRETCHES - 1) for i in range(STRETCHES)]
+    for start in starts:
+        yield start, min(start + STRETCH_TOKENS, num_tokens)
 
 
 def check_ids(data: IndexedDataset, start: int, stop: int, vocabulary: Vocabulary) -> None:
@@ -219,8 +225,7 @@ def _shuffled(prefixes: list[str], schedule: Mixture, seq_len: int, seed: int, p
     if len({meta.is_chat for meta, _, _ in opened}) > 1 and packing == "none":
         raise UsageError("data.train mixes conversations with text: their rows are alike only with data.packing=best_fit")
     for _, _, data in opened:
-        if len(data.tokens) > SCANNED_TOKENS:  # smaller ones have been read as a whole
-            data.expect_random_reads()
+        data.expect_random_reads(_is_large(data))
 
     def take(k: int, own_B: np.ndarray) -> tuple[np.ndarray, ...]:
         return members[k].take(row_of(own_B, members[k].num_rows, seed, k))

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -214,7 +216,24 @@ def test_a_foreign_id_anywhere_in_a_small_file_is_refused_at_open(tmp_path):
 
 def test_a_large_file_is_looked_at_in_64_places(monkeypatch):
     monkeypatch.setattr(loader, "SCANNED_TOKENS", 6400)
+    monkeypatch.setattr(loader, "STRETCH_TOKENS", 100)
     stretches = list(loader._scanned_at_open(1_000_000))
     assert len(stretches) == 64 and stretches[0][0] == 0 and stretches[-1][1] == 1_000_000
     assert all(stop - start == 100 for start, stop in stretches)
+    assert list(loader._scanned_at_open(6401))[-1] == (6301, 6401)
     assert list(loader._scanned_at_open(6350)) == [(i, min(i + 100, 6350)) for i in range(0, 6350, 100)]
+
+
+def test_rows_of_a_large_file_are_those_of_a_small_one(dataset, monkeypatch):
+    """Other advice to the system, fewer places looked at."""
+    small = open_data(str(dataset / "train"), L, 1).rows(np.arange(50))
+    monkeypatch.setattr(loader, "SCANNED_TOKENS", 200)
+    monkeypatch.setattr(loader, "STRETCH_TOKENS", 3)
+    assert np.array_equal(open_data(str(dataset / "train"), L, 1).rows(np.arange(50)), small)
+
+
+@pytest.mark.slow
+def test_the_first_batch_of_100_gb_takes_little_memory(repository_root):
+    command = [sys.executable, "benchmarks/benchmark_loader.py", "--json", "--only", "sparse"]
+    ran = subprocess.run(command, cwd=repository_root, capture_output=True, text=True, check=True, timeout=100)
+    assert json.loads(ran.stdout.splitlines()[-1])["sparse_grown_mbytes"] < 50
