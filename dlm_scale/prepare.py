@@ -43,10 +43,10 @@ OPTIONS = {
     "text_key": Option(str, "text", "a name", "key or column of the text in JSON Lines, Parquet, hf:"),
     "max_documents": Option(COUNT[0], 0, COUNT[1], "take at most so many documents (0: all)", "OWT_MAX_DOCS"),
     "max_tokens": Option(COUNT[0], 0, COUNT[1], "take documents up to so many tokens (0: all)", "OWT_MAX_TOKENS"),
-    "deduplicate": Option(BOOLEAN[0], False, BOOLEAN[1], "true: take each text once (16 bytes of memory a document)"),
+    "deduplicate": Option(BOOLEAN[0], False, BOOLEAN[1], "take each text once (16 bytes of memory a document)"),
     "workers": Option(COUNT[0], 0, COUNT[1], "processes (default: one a core)", "OWT_NUM_PROC"),
     "from": Option(str, "", "a folder", "take the files of a recipe or of hf:NAME from this folder"),
-    "streaming": Option(BOOLEAN[0], True, BOOLEAN[1], "false: download hf: datasets and recipes first", "OWT_STREAMING"),
+    "streaming": Option(BOOLEAN[0], True, BOOLEAN[1], "false: download hf: and recipes first", "OWT_STREAMING"),
     "num_proc_load_dataset": Option(
         COUNT[0], 0, COUNT[1], "processes of that download (default: workers)", "OWT_NUM_PROC_LOAD_DATASET"
     ),
@@ -62,10 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source",
         nargs="*",
         metavar="SOURCE",
-        help="file, folder, glob, built-in corpus (stdlib, grammar), recipe (shakespeare_char, openwebtext, wikitext103,"
-        " fineweb, fineweb-edu, tinystories) or hf:NAME[:CONFIG[:SPLIT]]",
+        help="file, folder, glob, built-in corpus (stdlib, grammar), recipe (shakespeare_char, openwebtext,"
+        " wikitext103, fineweb, fineweb-edu, tinystories) or hf:NAME[:CONFIG[:SPLIT]]",
     )
-    parser.add_argument("--config", help="take SOURCE and options from data.prepare of a training config, OUT from data.train")
+    config = "training config: SOURCE and options from its data.prepare, OUT from data.train"
+    parser.add_argument("--config", help=config)
     for name, option in OPTIONS.items():
         variable = f" [{option.variable}]" if option.variable else ""
         bare = {"nargs": "?", "const": "true"} if option.parse is _boolean else {}
@@ -127,7 +128,7 @@ def _of_config(path: str) -> dict[str, Any]:
 
     data = load_config(path).data
     if data.prepare is None:
-        raise UsageError(f"{path} has no section data.prepare: add one, as in data.prepare: {{source: ..., tokenizer: ...}}")
+        raise UsageError(f"{path} has no section data.prepare: add one, as in prepare: {{source: ..., tokenizer: ...}}")
     given = {key: value for key, value in data.prepare.model_dump().items() if key in data.prepare.model_fields_set}
     prefix = Path(data.train[0].path)
     if "out" not in given:
