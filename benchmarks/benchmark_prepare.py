@@ -82,13 +82,15 @@ def tiktoken_of(ranks: bytes):
     pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
     pairs = (line.split() for line in ranks.splitlines())
     known = {base64.b64decode(token): int(rank) for token, rank in pairs}
-    return tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=known, special_tokens={"<|endoftext|>": SEPARATOR})
+    special = {"<|endoftext|>": SEPARATOR}
+    return tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=known, special_tokens=special)
 
 
 def run(command: list[str]) -> dict[str, float]:
     """CPU seconds, wall seconds, and the peak of the resident memory of all its processes together."""
     before, start, peak = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic(), 0
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment())
+    quiet = {"stderr": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), **quiet)
     while process.poll() is None:
         peak = max(peak, family_bytes(process.pid))
         time.sleep(0.1)
@@ -146,8 +148,7 @@ def compare(folder: Path, args) -> dict:
 
 
 def ids_equal(ours: Path, theirs: Path) -> bool:
-    """Whether ours, put back into the order of the source, are theirs: the documents of both splits, as multisets of
-    each split's order, are those between their separators."""
+    """Whether each document of theirs is the next one of one of our splits, and nothing is left over."""
     from dlm_scale.data.indexed import IndexedDataset
 
     ids = np.fromfile(theirs, np.uint16)
@@ -178,7 +179,7 @@ def verify_speed(prefix: Path) -> dict[str, float]:
 
 
 def killed_at_random_moments(folder: Path, kills: int, megabytes: int, seed: int) -> dict:
-    """Prepare, be killed once at a random moment, be started again: how often the files were those of an unharmed run."""
+    """Prepare, be killed at a random moment, be started again: how often the files were those of an unharmed run."""
     rng, corpus = random.Random(seed), folder / "some.jsonl"
     make_corpus(corpus, [], megabytes)
     command = [sys.executable, str(Path(__file__)), "--as_prepare", str(corpus)]

@@ -30,7 +30,7 @@ COMMANDS = {
     "evaluate": Command("likelihood of a dataset under a checkpoint", "dlm_scale.evaluate"),
     "sample": Command("generate text from a checkpoint", "dlm_scale.sample"),
     "checkpoint": Command("verify or list a checkpoint", "dlm_scale.checkpoint.cli"),
-    "data": Command("verify, show or import an indexed dataset", "dlm_scale.data.cli", "run_data", "add_data_arguments"),
+    "data": Command("check, show or import an indexed dataset", "dlm_scale.data.cli", "run_data", "add_data_arguments"),
     "doctor": Command("what is installed, and which backend each operation takes and why", "dlm_scale.doctor"),
 }
 

@@ -48,14 +48,14 @@ OPTIONS = {
     ),
     "max_length": Option(COUNT[0], 0, COUNT[1], "of an answer with its past: the oldest past goes first (0: any)"),
     "special_tokens": Option(
-        lambda text: tuple(text.split(",")), (), "names with commas", "to add, as <|im_start|>,<|im_end|> (--chat adds its own)"
+        lambda text: tuple(text.split(",")), (), "names with commas", "tokens to add, as <|im_end|> (--chat: its own)"
     ),
-    "deduplicate": Option(BOOLEAN[0], False, BOOLEAN[1], "true: take each text once (16 bytes of memory a document)"),
-    "stream": Option(BOOLEAN[0], False, BOOLEAN[1], "true: publish shards at once, for data.order=sharded"),
+    "deduplicate": Option(BOOLEAN[0], False, BOOLEAN[1], "take each text once (16 bytes of memory a document)"),
+    "stream": Option(BOOLEAN[0], False, BOOLEAN[1], "publish shards at once, for data.order=sharded"),
     "stream_tokens": Option(COUNT[0], 1 << 24, COUNT[1], "tokens of such a shard (default 16,777,216)"),
     "workers": Option(COUNT[0], 0, COUNT[1], "processes (default: one a core)", "OWT_NUM_PROC"),
     "from": Option(str, "", "a folder", "take the files of a recipe or of hf:NAME from this folder"),
-    "streaming": Option(BOOLEAN[0], True, BOOLEAN[1], "false: download hf: datasets and recipes first", "OWT_STREAMING"),
+    "streaming": Option(BOOLEAN[0], True, BOOLEAN[1], "false: download hf: and recipes first", "OWT_STREAMING"),
     "num_proc_load_dataset": Option(
         COUNT[0], 0, COUNT[1], "processes of that download (default: workers)", "OWT_NUM_PROC_LOAD_DATASET"
     ),
@@ -71,10 +71,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source",
         nargs="*",
         metavar="SOURCE",
-        help="file, folder, glob, built-in corpus (stdlib, grammar), recipe (shakespeare_char, openwebtext, wikitext103,"
-        " fineweb, fineweb-edu, tinystories) or hf:NAME[:CONFIG[:SPLIT]]",
+        help="file, folder, glob, built-in corpus (stdlib, grammar), recipe (shakespeare_char, openwebtext,"
+        " wikitext103, fineweb, fineweb-edu, tinystories) or hf:NAME[:CONFIG[:SPLIT]]",
     )
-    parser.add_argument("--config", help="take SOURCE and options from data.prepare of a training config, OUT from data.train")
+    config = "training config: SOURCE and options from its data.prepare, OUT from data.train"
+    parser.add_argument("--config", help=config)
     for name, option in OPTIONS.items():
         variable = f" [{option.variable}]" if option.variable else ""
         bare = {"nargs": "?", "const": "true"} if option.parse is _boolean else {}
@@ -140,7 +141,7 @@ def _of_config(path: str) -> dict[str, Any]:
 
     data = load_config(path).data
     if data.prepare is None:
-        raise UsageError(f"{path} has no section data.prepare: add one, as in data.prepare: {{source: ..., tokenizer: ...}}")
+        raise UsageError(f"{path} has no section data.prepare: add one, as in prepare: {{source: ..., tokenizer: ...}}")
     given = {key: value for key, value in data.prepare.model_dump().items() if key in data.prepare.model_fields_set}
     prefix = Path(data.train[0].path)
     if "out" not in given:

@@ -56,7 +56,7 @@ class Seen:
 
 
 class Chooser:
-    """Which documents are taken: each once, up to the limits. A validation split that the source names is taken whole."""
+    """Which documents are taken: each once, up to the limits. Validation that the source names is taken whole."""
 
     def __init__(self, choice: Choice):
         self._choice, self._seen = choice, Seen()

@@ -128,9 +128,9 @@ def _source(name: str, recipe: Recipe, splits: dict[str, str | None], options: H
             for part in range(parts):
                 yield Chunk(read_part, (table, parts, part, recipe.text_key, role), 1 / parts / len(tables))
 
-    description = {"name": name} | ({"repository": recipe.repository, "config": recipe.config} if name in RECIPES else {})
+    known = {"repository": recipe.repository, "config": recipe.config} if name in RECIPES else {}
     where = [(t.path, t.config, t.split, t.files, t.options.folder, t.options.streaming) for t in tables]
-    return Source(chunks, description, identity=[where, datasets.__version__])
+    return Source(chunks, {"name": name} | known, identity=[where, datasets.__version__])
 
 
 def _table(name: str, recipe: Recipe, split: str, options: HubOptions) -> Table:

@@ -7,6 +7,7 @@ the order of the source. A run that was killed is continued by the same call: fi
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -122,10 +123,14 @@ def prepare_source(
 def _check(val_fraction: float, max_documents: int, max_tokens: int, workers: int, max_length: int) -> None:
     if not 0 < val_fraction < 1:
         raise UsageError(f"--val_fraction {val_fraction} must lie between 0 and 1")
-    for name, value in (("max_documents", max_documents), ("max_tokens", max_tokens), ("workers", workers),
-                        ("max_length", max_length)):  # fmt: skip
+    for name, value, zero in (
+        ("max_documents", max_documents, "all"),
+        ("max_tokens", max_tokens, "all"),
+        ("workers", workers, "one a core"),
+        ("max_length", max_length, "any"),
+    ):
         if value < 0:
-            raise UsageError(f"--{name} {value} must be 0 ({'a worker a core' if name == 'workers' else 'all'}) or more")
+            raise UsageError(f"--{name} {value} must be 0 ({zero}) or more")
 
 
 def _refuse_taken(out: Path, overwrite: bool) -> None:
@@ -138,21 +143,21 @@ def _chunks_of(source: Source, choice: Choice, chunk_bytes: int, cut: str | None
     """The chunks of a source; of one that is one document, those of its two halves."""
     if choice.chat:
         return lambda: source.chunks(chunk_bytes, cut)
-    found, only = 0, None
+    found, first = 0, None
     wanted = 1 if choice.max_documents == 1 else 2
     for chunk in source.chunks(chunk_bytes, cut):
         count = chunk.num_documents
         if count is None:
-            count = sum(1 for _, document in zip(range(wanted), chunk.documents()))
-        only = only or (chunk if count else None)
+            count = sum(1 for _ in itertools.islice(chunk.documents(), wanted))
+        first = first or (chunk if count else None)
         found += count
-        if found >= 2 or found >= wanted == 1:
+        if found >= wanted:
             break
-    if only is None:
+    if first is None:
         raise UsageError("SOURCE holds no text")
-    if found >= 2 and wanted == 2 or next(only.documents()).split:
-        return lambda: source.chunks(chunk_bytes, cut)
-    return lambda: iter(halves(only, choice.val_fraction, chunk_bytes, cut))
+    if (found == 1 or wanted == 1) and next(first.documents()).split is None:
+        return lambda: iter(halves(first, choice.val_fraction, chunk_bytes, cut))
+    return lambda: source.chunks(chunk_bytes, cut)
 
 
 def _characters(source: Source, choice: Choice, chunk_bytes: int, workers: int) -> Iterator[str]:
@@ -185,8 +190,10 @@ def _require_space(out: Path, source: Source, tokenizer: str) -> None:
     place = next(path for path in (out.absolute(), *out.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(place).free
     if needed > free:
-        raise UsageError(f"--out {out}: {source.text_bytes / 1e9:,.1f} GB of text make at least {needed / 1e9:,.1f} GB of"
-                         f" ids, and {free / 1e9:,.1f} GB are free there")  # fmt: skip
+        raise UsageError(
+            f"--out {out}: {source.text_bytes / 1e9:,.1f} GB of text make at least {needed / 1e9:,.1f} GB of ids, and"
+            f" {free / 1e9:,.1f} GB are free there"
+        )
 
 
 def _plan(source: Source, tokenizer: Tokenizer, choice: Choice, chunk_bytes: int) -> dict:
@@ -309,13 +316,15 @@ class _Progress:
         self._skipped += share
 
     def add(self, documents: int, num_bytes: int, share: float) -> None:
-        self._documents, self._bytes, self._made = self._documents + documents, self._bytes + num_bytes, self._made + share
+        self._documents += documents
+        self._bytes += num_bytes
+        self._made += share
         now = time.monotonic()
         if now - self._last < PROGRESS_SECONDS:
             return
         self._last, seconds = now, now - self._start
-        left = f", {self._remaining(seconds)} left" if self._made else ""
-        _say(f"{self._documents:,} documents, {self._bytes / 1e6:,.1f} MB, {self._bytes / 1e6 / seconds:.1f} MB/s{left}")
+        left, megabytes = f", {self._remaining(seconds)} left" if self._made else "", self._bytes / 1e6
+        _say(f"{self._documents:,} documents, {megabytes:,.1f} MB, {megabytes / seconds:.1f} MB/s{left}")
 
     def _remaining(self, seconds: float) -> str:
         minutes, rest = divmod(round(max(0.0, 1 - self._skipped - self._made) / self._made * seconds), 60)

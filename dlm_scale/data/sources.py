@@ -33,7 +33,7 @@ BUILT_IN: dict[str, Callable[[], Source]] = {"stdlib": stdlib_source, "grammar":
 
 
 def open_source(spec: str | Sequence[str], text_key: str = "text", hub: HubOptions = HubOptions()) -> Source:
-    """The documents that SOURCE names: a built-in corpus, a recipe, `hf:NAME[:CONFIG[:SPLIT]]`, or files, folders, globs.
+    """The documents that SOURCE names: built-in corpus, recipe, `hf:NAME[:CONFIG[:SPLIT]]`, or files, folders, globs.
 
     A text file is one document; a row of JSON Lines or Parquet is one, its text under `text_key`. Raises UsageError.
     """
@@ -44,7 +44,7 @@ def open_source(spec: str | Sequence[str], text_key: str = "text", hub: HubOptio
     if name.startswith("hf:"):
         return hub_source(name, text_key, hub)
     if hub.folder:
-        raise UsageError(f"--from stands for the files of a recipe ({', '.join(RECIPES)}) or of hf:NAME, not of {specs}")
+        raise UsageError(f"--from stands for the files of a recipe ({', '.join(RECIPES)}) or hf:NAME, not of {specs}")
     return BUILT_IN[name]() if name in BUILT_IN else _file_source(specs, text_key)
 
 

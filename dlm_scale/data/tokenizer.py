@@ -12,7 +12,6 @@ import hashlib
 import itertools
 import json
 import re
-import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,21 +31,19 @@ GPT2_RANKS = 50256
 GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 GPT2_FILE, CHAR_FILE, HF_FILE = "gpt2.tiktoken", "characters.json", "tokenizer.json"
 SPECIAL_FILE = "special_tokens.json"
-# Unicode's White_Space, which is what \s in GPT2_PATTERN means; Python's \s has U+001C to U+001F besides
-SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-# Each alternative of GPT2_PATTERN ends before white space that follows something else, and none looks back: cut there,
-# the parts of a text have the ids of the whole. WORD is spaces and what follows them, up to the next such place.
-WORD = re.compile(f"[{SPACE}]*[^{SPACE}]+|[{SPACE}]+")
-WORD_END = re.compile(f"[^{SPACE}](?=[{SPACE}])")
-_SPACES_OF_SEVERAL_BYTES = (
-    *(rb"\xc2[\x85\xa0]", rb"\xe1\x9a\x80", rb"\xe2\x80[\x80-\x8a\xa8\xa9\xaf]", rb"\xe2\x81\x9f", rb"\xe3\x80\x80"),
+# Unicode's White_Space, which is what \s means in GPT2_PATTERN, in UTF-8
+SPACES_OF_SEVERAL_BYTES = (
+    rb"\xc2[\x85\xa0]",
+    rb"\xe1\x9a\x80",
+    rb"\xe2\x80[\x80-\x8a\xa8\xa9\xaf]",
+    rb"\xe2\x81\x9f",
+    rb"\xe3\x80\x80",
 )
-_NO_SPACE_BEFORE = b"".join(b"(?<!%s)" % space for space in _SPACES_OF_SEVERAL_BYTES)
-CUTS = {  # in UTF-8, four bytes or more after the start of a stretch: the end of the match is the place
-    "character": re.compile(rb"(?=[^\x80-\xbf])"),
-    "word": re.compile(rb"[!-~\x80-\xbf]" + _NO_SPACE_BEFORE + rb"(?=[\t-\r ])"),
-}
-MAX_KNOWN_WORDS, MAX_KNOWN_LENGTH, SLICE_CHARACTERS = 1 << 18, 64, 1 << 18
+# Each alternative of GPT2_PATTERN ends where white space follows something else, and none looks back: cut there, the
+# parts of a text have the ids of the whole.
+WORD_END = rb"[!-~\x80-\xbf]" + b"".join(b"(?<!%s)" % s for s in SPACES_OF_SEVERAL_BYTES) + rb"(?=[\t-\r ])"
+# for UTF-8, four bytes or more after the start of a stretch; the end of the match is the place
+CUTS = {"character": re.compile(rb"(?=[^\x80-\xbf])"), "word": re.compile(WORD_END)}
 MASK_TOKENS = ("<|mdm_mask|>", "<|mask|>", "[MASK]", "<mask>", "<MASK>")
 MAX_UNUSED_IDS = 1 << 16
 SPECIAL_NAME, MAX_SPECIAL = re.compile(r"<[^\s<>]{1,62}>|\[[^\s\[\]]{1,62}\]"), 256
@@ -255,43 +252,11 @@ def _gpt2(files: Mapping[str, bytes]) -> Tokenizer:
         "gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": GPT2_RANKS}
     )
 
-
-    def encode_word(word: str) -> bytes:
-        ids = bpe.encode_ordinary(word)
-        return struct.pack(f"<{len(ids)}H", *ids)
-
-    known = _Words(encode_word)
-
     def encode(text: str) -> np.ndarray:
-        parts = (b"".join(map(known.__getitem__, WORD.findall(part))) for part in _slices(text))
-        return np.frombuffer(b"".join(parts), dtype="<u2")
+        return bpe.encode_to_numpy(text, disallowed_special=())  # uint32, without a Python list on the way
 
     eos_id = GPT2_RANKS
     return _finished("gpt2", eos_id + 1, eos_id, files, encode, lambda ids: bpe.decode(ids.tolist()), "word")
-
-
-class _Words(dict):
-    """Ids (as bytes) of the words met so far; a text repeats most of its words, and finding one is much cheaper than
-    encoding it."""
-
-    def __init__(self, encode: Callable[[str], bytes]):
-        super().__init__()
-        self._encode = encode
-
-    def __missing__(self, word: str) -> bytes:
-        ids = self._encode(word)
-        if len(self) < MAX_KNOWN_WORDS and len(word) < MAX_KNOWN_LENGTH:
-            self[word] = ids
-        return ids
-
-
-def _slices(text: str) -> Iterator[str]:
-    """A long text in parts that end where a word does, so that the words of only one part are in memory."""
-    start = 0
-    while len(text) - start > SLICE_CHARACTERS and (end := WORD_END.search(text, start + SLICE_CHARACTERS)):
-        yield text[start : end.end()]
-        start = end.end()
-    yield text[start:]
 
 
 def _gpt2_ranks() -> bytes:

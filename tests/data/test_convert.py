@@ -53,8 +53,8 @@ def test_datatroves_files_are_split_as_texts_are(tmp_path, documents, dtype):
     import_ids(folder, "byte", tmp_path / "D", workers=1, chunk_tokens=500)
     prepare(str(write_jsonl(tmp_path / "a.jsonl", documents)), "byte", tmp_path / "E")
     for name in ("train", "val"):
-        for suffix in (".bin", ".idx"):
-            assert (tmp_path / "D" / f"{name}{suffix}").read_bytes() == (tmp_path / "E" / f"{name}{suffix}").read_bytes()
+        for file in (f"{name}.bin", f"{name}.idx"):
+            assert (tmp_path / "D" / file).read_bytes() == (tmp_path / "E" / file).read_bytes()
 
 
 def test_one_document_is_cut_by_position(tmp_path):

@@ -1,4 +1,4 @@
-"""Recipes and hf: sources, really read by the `datasets` library, from small folders with the columns of the real ones."""
+"""Recipes and hf: sources, really read by the `datasets` library, from small folders with the real columns."""
 
 import pyarrow
 import pyarrow.parquet
@@ -25,8 +25,8 @@ def numbered(count, what="document"):
 
 
 def wikitext(names):
-    return [line for name in names for line in ("", f" = {name} = \n", "", f" Text of {name} . \n", f" = = {name} = = \n",
-                                                f" More @-@ {name} . \n")]  # fmt: skip
+    lines = ("", " = {} = \n", "", " Text of {} . \n", " = = {} = = \n", " More @-@ {} . \n")
+    return [line.format(name) for name in names for line in lines]
 
 
 @pytest.fixture(scope="module")

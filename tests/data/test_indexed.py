@@ -157,8 +157,9 @@ def mutate(raw, rng):
 
 
 REASONS = (
-    "bad magic|version .* of the format|dtype code|no documents in it|where its header says|multimodal|less than a header"
-    "|it is empty|has length|byte pointers|document indices|where its index says|in the files and .* in meta.json"
+    "bad magic|version .* of the format|dtype code|no documents in it|where its header says|multimodal"
+    "|less than a header|it is empty|has length|byte pointers|document indices|where its index says"
+    "|in the files and .* in meta.json"
 )
 
 

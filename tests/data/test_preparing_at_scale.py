@@ -19,7 +19,7 @@ from dlm_scale.data.indexed import IndexedDataset
 from dlm_scale.data.meta import read_meta
 from dlm_scale.data.prepare import prepare
 from dlm_scale.data.sources import halves, open_source, safe_cut
-from dlm_scale.data.tokenizer import SPACE, make_tokenizer
+from dlm_scale.data.tokenizer import CUTS, make_tokenizer
 from dlm_scale.data.verify import verify
 from dlm_scale.data.workers import run_tasks
 from dlm_scale.errors import UsageError
@@ -197,35 +197,26 @@ def gpt2(request):
     return make_tokenizer(str(request.getfixturevalue("shared_data")("gpt2.tiktoken")))
 
 
-def spaces():
-    """Every white space of SPACE, alone and in runs, among the kinds of characters that GPT-2's pattern tells apart."""
-    from re import compile
-
-    white = [chr(i) for i in range(0x3001) if compile(f"[{SPACE}]").match(chr(i))]
-    assert len(white) == 25
-    return ["a", "Zé", "日本", "12", "!", "'s", "'", "\x1c", "\u200b", "\0", "😀", "  ", "\n\n", " \n", *white]
+SPACES = "\t\n\x0b\x0c\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
+KINDS = ["a", "Zé", "日本", "12", "!", "'s", "'", "\x1c", "\u200b", "\0", "😀", "  ", "\n\n", " \n", *SPACES]
 
 
-def test_words_that_are_known_have_the_ids_of_the_whole(gpt2, shared_data):
-    import base64
-
-    import tiktoken
-
-    from dlm_scale.data.tokenizer import GPT2_FILE, GPT2_PATTERN
-
-    pairs = (line.split() for line in gpt2.files[GPT2_FILE].splitlines())
-    ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
-    plain = tiktoken.Encoding("x", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
-    rng, parts = random.Random(1), spaces()
-    texts = ["".join(rng.choices(parts, k=rng.randint(1, 10))) for _ in range(20_000)]
-    texts += [shared_data(name).read_text() for name in ("tinyshakespeare.txt", "wikitext2_valid.txt")]
-    for text in texts:
-        assert gpt2.encode(text).tolist() == plain.encode_ordinary(text), repr(text[:40])
+def test_every_cut_at_a_word_is_exact(gpt2):
+    """All kinds of characters that GPT-2's pattern tells apart, around every place where it may be cut."""
+    rng, cuts = random.Random(1), 0
+    for _ in range(4000):
+        text = "".join(rng.choices(KINDS, k=rng.randint(3, 10)))
+        raw, whole = text.encode(), gpt2.encode(text).tolist()
+        for found in CUTS["word"].finditer(raw):
+            parts = [raw[: found.end()], raw[found.end() :]]
+            assert [i for part in parts for i in gpt2.encode(part.decode()).tolist()] == whole, repr(text)
+            cuts += 1
+    assert cuts > 1000
 
 
 def test_pieces_have_the_ids_of_the_whole(gpt2, tmp_path):
-    rng, parts, path = random.Random(2), spaces(), tmp_path / "a.txt"
-    path.write_text("".join(rng.choices(parts, k=60_000)))
+    rng, path = random.Random(2), tmp_path / "a.txt"
+    path.write_text("".join(rng.choices(KINDS, k=60_000)))
     for made in (gpt2, make_tokenizer("byte"), make_tokenizer("char", [path.read_bytes().decode()])):
         (whole,) = open_source(str(path)).documents()
         pieces = [c for c in open_source(str(path)).chunks(3000, made.cut)]
