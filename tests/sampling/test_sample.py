@@ -31,8 +31,8 @@ def dlm_sample(monkeypatch, capsys):
         return torch.log_softmax(table[(code_B[rows_N // x_BL.shape[1]] + rows_N % x_BL.shape[1]) % 97], -1)
 
     inference = types.SimpleNamespace(
-        predict=predict, tokenizer=tokenizer, seq_len=64, step=7, device=torch.device("cpu"), default_num_steps=5,
-        default_sampler="ancestral", calls=calls,
+        predict=predict, tokenizer=tokenizer, vocabulary=tokenizer.vocabulary, seq_len=64, step=7,
+        device=torch.device("cpu"), default_num_steps=5, default_sampler="ancestral", calls=calls,
     )  # fmt: skip
     fake = types.ModuleType("dlm_scale.inference")
     fake.load_for_inference = lambda path, device="auto": inference
