@@ -75,6 +75,13 @@ def above_threshold(score_BL: Tensor, sampler: Sampler) -> Tensor:
     return (score_BL.exp() >= sampler.threshold).sum(1)
 
 
+def within_factor(score_BL: Tensor, sampler: Sampler) -> Tensor:
+    """The largest n whose n-th best id has at least probability 1 - factor/(n + 1) (Fast-dLLM)."""
+    count_L = torch.arange(1, score_BL.shape[1] + 1, device=score_BL.device)
+    # Scores fall and bounds rise: those that hold are the first ones.
+    return ((score_BL.exp() >= 1 - sampler.factor / (count_L + 1)) & ~score_BL.isinf()).sum(1)
+
+
 SELECTORS = {
     "due": Selector(),
     "max_prob": Selector(max_prob),
@@ -83,4 +90,5 @@ SELECTORS = {
     "sampled_confidence": Selector(sampled_confidence, reads_tokens=True),
     "entropy_bounded": Selector(negative_entropy, extent=within_entropy_bound),
     "threshold": Selector(max_prob, extent=above_threshold),
+    "factor": Selector(max_prob, extent=within_factor),
 }
