@@ -26,7 +26,7 @@ def block_ends(is_open_BL: Tensor, block_size: int, num_steps: int) -> Tensor:
     done_BK, rank_BK = open_BK.cumsum(1), (open_BK > 0).cumsum(1)
     total_B1 = done_BK[:, -1:].clamp(min=1)
     even_BK = (2 * num_steps * done_BK + total_B1) // (2 * total_B1)
-    at_least_one_BK = (even_BK - rank_BK).cummax(1).values + rank_BK
+    at_least_one_BK = (even_BK - rank_BK).clamp(min=0).cummax(1).values + rank_BK
     return torch.minimum(at_least_one_BK, num_steps - (rank_BK[:, -1:] - rank_BK))
 
 

@@ -355,8 +355,10 @@ def _plan_revision(run, state, batch_row_B, place_M, log_prob_M) -> State:
 def _revised(run: _Run, state: State, batch_row_B: Tensor) -> Tensor:
     """Positions [B, L] that a reviser which looks at the state masks again in this step."""
     is_revealed_BL = ~state.is_masked_BL & ~state.is_fixed_BL & run.is_active(state)
-    steps = zip((state.step_B - state.first_step_B - 1).tolist(), state.num_steps_B.tolist())
-    sigma_B = torch.stack([run.table(num_steps).sigma_T[step] for step, num_steps in steps])
+    sigma_B = torch.zeros_like(state.confidence_BL[:, 0])
+    for num_steps in state.num_steps_B.unique().tolist():
+        own_A = (state.num_steps_B == num_steps).nonzero()[:, 0]
+        sigma_B[own_A] = run.table(num_steps).sigma_T[(state.step_B - state.first_step_B)[own_A] - 1]
     chance_BL = sigma_B[:, None] * REVISERS[run.sampler.reviser].share(state.confidence_BL, is_revealed_BL)
     place_N = is_revealed_BL.nonzero(as_tuple=True)
     token_uniform_N, _ = _uniforms(run, state, batch_row_B, place_N)  # no token is drawn here in this step

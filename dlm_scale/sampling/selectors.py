@@ -66,7 +66,7 @@ def sampled_confidence(candidates: Candidates, sampler: Sampler) -> Tensor:
 def within_entropy_bound(score_BL: Tensor, sampler: Sampler) -> Tensor:
     """Longest prefix whose entropies, without the largest, add up to gamma at most (EB-sampler)."""
     entropy_BL = torch.where(score_BL.isinf(), 0.0, -score_BL)
-    bound_BL = entropy_BL.cumsum(1) - entropy_BL
+    bound_BL = torch.nn.functional.pad(entropy_BL.cumsum(1)[:, :-1], (1, 0))  # of those before, which are smaller
     return ((bound_BL <= sampler.gamma) & ~score_BL.isinf()).sum(1)
 
 
