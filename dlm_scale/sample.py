@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from dlm_scale.sampling.settings import (
     add_sampling_arguments,
     check_ranges,
     check_sampling,
+    longest_canvas,
     num_steps,
     stream_settings,
     text_of,
@@ -54,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     inference = load_for_inference(args.checkpoint or args.out_dir, device=args.device)
     if inference.tokenizer is None:
         raise UsageError("this checkpoint was trained on synthetic tokens: it has no tokenizer, so no text to sample")
-    canvas = _canvas(text, args.infill is not None, args.max_new_tokens, inference)
+    canvas = _canvas(text, args, inference)
     settings = stream_settings(vars(args), inference) | {
         "num_steps": num_steps(vars(args), inference, canvas.num_open)
     }
@@ -83,11 +85,12 @@ def _check(args: argparse.Namespace) -> None:
             raise UsageError(f"cannot write {path}: its folder does not exist; make it first")
 
 
-def _canvas(text: str, is_infill: bool, max_new_tokens: "int | None", inference: Any) -> Canvas:
-    if is_infill:
-        return infill_canvas(text, inference.tokenizer, inference.seq_len)
+def _canvas(text: str, args: argparse.Namespace, inference: Any) -> Canvas:
+    longest = longest_canvas(vars(args), inference)
+    if args.infill is not None:
+        return infill_canvas(text, inference.tokenizer, longest)
     ids = inference.tokenizer.encode(text)
-    return prompt_canvas(ids, max_new_tokens, inference.tokenizer.vocabulary.mask_id, inference.seq_len)
+    return prompt_canvas(ids, args.max_new_tokens, inference.tokenizer.vocabulary.mask_id, longest)
 
 
 def _batches(
@@ -134,7 +137,10 @@ def _sample(inference: Any, canvas: Canvas, settings: dict[str, Any], indices: r
 
     x_BL = torch.tensor([canvas.ids] * len(indices), device=inference.device)
     is_fixed_BL = torch.tensor([canvas.is_fixed] * len(indices), device=inference.device)
-    made = generate(inference.predict, x_BL, is_fixed_BL, **settings)
+    try:
+        made = generate(inference.predict, x_BL, is_fixed_BL, **settings)
+    except ValueError as error:  # settings that only the canvas shows to be impossible, a model that has diverged
+        raise UsageError(f"cannot sample: {error}") from error
     rows = zip(indices, made.ids_BL.tolist(), made.nfe_B.tolist())
     return [finished(*row, canvas, settings["stop_ids"], inference.tokenizer) for row in rows]
 
@@ -149,4 +155,11 @@ def _print(batch: list[Sample]) -> None:
 
 def _report(args: argparse.Namespace, inference: Any, settings: dict, samples: list[Sample]) -> dict[str, Any]:
     results = [{"sample": s.index, "text": s.text, "tokens": s.ids, "nfe": s.nfe} for s in samples]
-    return {"checkpoint": args.checkpoint or args.out_dir, "step": inference.step} | settings | {"samples": results}
+    biases = {name: _finite(settings[name]) for name in ("logit_bias", "confidence_bias")}
+    head = {"checkpoint": args.checkpoint or args.out_dir, "step": inference.step}
+    return head | settings | biases | {"samples": results}
+
+
+def _finite(biases: dict[int, float]) -> dict[int, "float | str"]:
+    """JSON has no infinity."""
+    return {token: value if value > -math.inf else "-inf" for token, value in biases.items()}

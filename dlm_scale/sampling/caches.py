@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-CACHES = ("none", "prefix", "dual")
-
 
 @dataclass
 class KeyValueCache:

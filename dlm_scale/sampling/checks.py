@@ -3,7 +3,7 @@
 import torch
 
 from dlm_scale.sampling.blocks import num_open_blocks
-from dlm_scale.sampling.caches import CACHES
+from dlm_scale.sampling.samplers import CACHES
 from dlm_scale.sampling.selectors import SELECTORS
 
 

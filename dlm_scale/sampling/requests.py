@@ -10,6 +10,7 @@ from typing import Any
 from dlm_scale.errors import UsageError
 
 DEFAULT_NEW_TOKENS = 256
+LONGEST_IN_BLOCKS = 1 << 20
 _MASK_SPAN = re.compile(r"<mask(?::(\d{1,9}))?>")
 
 
@@ -70,7 +71,8 @@ def open_canvas(ids: Sequence[int], mask_id: int, seq_len: int) -> Canvas:
 
 def too_long(what: str, length: int, seq_len: int) -> UsageError:
     return UsageError(
-        f"{what} = {length} tokens, but the checkpoint's seq_len is {seq_len}: shorten by {length - seq_len}"
+        f"{what} = {length} tokens, but the limit (the checkpoint's seq_len; with --block_size {LONGEST_IN_BLOCKS}) "
+        f"is {seq_len}: shorten by {length - seq_len}"
     )
 
 

@@ -18,6 +18,8 @@ as 1/num_steps.
 
 from dataclasses import dataclass
 
+CACHES = ("none", "prefix", "dual")  # caches.py
+
 
 @dataclass(frozen=True)
 class Sampler:
