@@ -1,5 +1,7 @@
 """Settings of a sampling call that make no sense, refused with a ValueError before anything runs."""
 
+import inspect
+
 import torch
 
 from dlm_scale.sampling.blocks import num_open_blocks
@@ -38,9 +40,11 @@ def check_blocks(is_fixed_BL, num_steps, block_size, window, context):
         raise ValueError(f"{least} blocks need {least} steps at least, not {num_steps}: more steps or larger blocks")
 
 
-def check_extras(sampler, guidance, cache, refresh_every, confidence_bias):
+def check_extras(predict, sampler, guidance, cache, refresh_every, confidence_bias):
     if cache not in CACHES:
         raise ValueError(f"cache is one of {', '.join(CACHES)}, not {cache!r}")
+    if cache != "none" and "cache" not in inspect.signature(predict).parameters:
+        raise ValueError(f"cache {cache!r} needs a predict that takes the argument `cache`: leave it at 'none' here")
     if refresh_every < 0 or (refresh_every and cache == "none"):
         raise ValueError(f"refresh_every is a number of passes and needs a cache, not {refresh_every} with {cache!r}")
     if not guidance >= 0:

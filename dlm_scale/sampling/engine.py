@@ -154,7 +154,7 @@ def stream(
     window = length if context is None else min(context, length)
     check_rows(x_BL, is_fixed_BL, num_steps, request_hashes, sample_indices, temperature, top_k, top_p)
     check_blocks(is_fixed_BL, num_steps, block_size, window, context)
-    check_extras(sampler, guidance, cache, refresh_every, confidence_bias)
+    check_extras(predict, sampler, guidance, cache, refresh_every, confidence_bias)
     token_sampler = TOKEN_SAMPLERS["argmax" if temperature == 0 else sampler.token_sampler]
     kept_rows = len(x_BL) * (1 if guidance == 0 else 2)
     kept = None if cache == "none" else KeyValueCache(cache, refresh_every, kept_rows, x_BL.device)

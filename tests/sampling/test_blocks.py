@@ -150,6 +150,7 @@ def test_a_stop_id_ends_the_text_before_later_blocks():
         ({"context": 6, "block_size": 7}, "blocks .block_size. of at most 6"),
         ({"block_size": 2, "num_steps": 4}, "5 blocks need 5 steps at least, not 4"),
         ({"cache": "all"}, "cache is one of none, prefix, dual, not 'all'"),
+        ({"cache": "dual"}, "'dual' needs a predict that takes the argument `cache`"),
         ({"refresh_every": 2}, "needs a cache"),
         ({"guidance": -1.0}, "guidance is not negative"),
         ({"confidence_bias": {1: 2.0}}, "selector 'due' has none"),
