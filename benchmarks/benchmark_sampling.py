@@ -57,7 +57,7 @@ def network(shape: dict, vocab: int):
 
 @torch.no_grad()
 def llada_generate(logits, x_BL, steps: int, mask_id: int):
-    """LLaDA (arXiv 2502.09992), low-confidence remasking at temperature 1: equal counts, the rest to the first steps."""
+    """LLaDA (arXiv 2502.09992), low-confidence remasking, temperature 1: equal counts, the rest to the first steps."""
     each, rest = divmod(x_BL.shape[1], steps)
     for step in range(steps):
         logits_BLV = logits(x_BL)
@@ -137,7 +137,8 @@ class Judge:
     def nats(self, text: str) -> float:
         """Mean over the characters that have a whole context."""
         first = self.order - 1
-        return statistics.fmean(-math.log(self.probability(text[i - first : i], text[i])) for i in range(first, len(text)))
+        places = range(first, len(text))
+        return statistics.fmean(-math.log(self.probability(text[i - first : i], text[i])) for i in places)
 
 
 def unigram_entropy(text: str) -> float:
@@ -147,7 +148,8 @@ def unigram_entropy(text: str) -> float:
 def block_arms() -> dict[str, dict]:
     """The settings that are tried, by name; the first two are what they are measured against: one token a pass."""
     sure = Sampler(selector="max_prob")
-    arms = {"plain": {"sampler": "random"}, "plain_surest_first": {"sampler": sure}, "threshold": {"sampler": "threshold"}}
+    arms = {"plain": {"sampler": "random"}, "plain_surest_first": {"sampler": sure}}
+    arms["threshold"] = {"sampler": "threshold"}
     for size in (16, 32):
         arms[f"dual{size}_threshold"] = {"sampler": "threshold", "block_size": size, "cache": "dual"}
     arms["dual32_surest_first"] = {"sampler": sure, "block_size": 32, "cache": "dual"}
@@ -166,9 +168,9 @@ def blocks(checkpoint: str, text: str, num_rows: int, batch: int = 8) -> dict:
     for number in range(num_rows // batch):
         for name, settings in arms.items():
             start = time.process_time()
-            shape = {"seq_len": length}
-            result = ours(inference.predict, shape, batch, steps=length, seed=number, mask_id=inference.vocabulary.mask_id,
-                          **settings)  # fmt: skip
+            mask_id = inference.vocabulary.mask_id
+            result = ours(inference.predict, {"seq_len": length}, batch, settings["sampler"], length, number, mask_id,
+                          **{key: value for key, value in settings.items() if key != "sampler"})  # fmt: skip
             seconds[name] += time.process_time() - start
             passes[name] += int(result.nfe_B.sum())
             made[name] += [inference.tokenizer.decode(row) for row in result.ids_BL.tolist()]

@@ -82,7 +82,7 @@ AttentionMask = Full | Causal | Segments | Blocks | Queries
 
 
 def allowed_BLL(mask: AttentionMask, num_rows: int, length: int, device: torch.device) -> torch.Tensor | None:
-    """Boolean [B or 1, L or S, L], True where query (dim 1) may see key (dim 2); None stands for all. length: of keys."""
+    """Boolean [B or 1, L or S, L], True where query (dim 1) may see key (dim 2); None: all. `length` counts keys."""
     if isinstance(mask, Full):
         return None
     if isinstance(mask, Queries):

@@ -81,7 +81,7 @@ SAMPLERS = {
     "threshold": Sampler(selector="threshold", threshold=0.9, one_token_a_step=True),
     # Fast-dLLM's second rule: the more positions at once, the surer each must be.
     "factor": Sampler(selector="factor", factor=1.0, one_token_a_step=True),
-    # ReMDM (arXiv 2503.00307): ancestral, and revealed tokens are masked again. cap: with at most probability eta a step.
+    # ReMDM (arXiv 2503.00307): ancestral, and revealed tokens are masked again, here with eta a step at most.
     "remdm": Sampler(schedule="independent", reviser="cap", eta=0.008),
     # eta times the largest probability that keeps the marginals.
     "remdm_rescale": Sampler(schedule="independent", reviser="rescale", eta=0.015),

@@ -148,7 +148,7 @@ class Reviser:
     """sigma(m_a, m_b, sampler) -> probability [T] of being masked again at each step.
 
     Without `share` it holds for every revealed position, so waiting times can be drawn in advance. With
-    share(confidence [B, L], is_revealed [B, L]) -> parts [B, L], each position has its part of sigma, drawn step by step.
+    share(confidence [B, L], is_revealed [B, L]) -> parts [B, L], each has its part of sigma, drawn step by step.
     """
 
     sigma: Callable[[Tensor, Tensor, Sampler], Tensor]

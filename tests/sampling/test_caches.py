@@ -106,8 +106,9 @@ def test_refreshing(every, whole):
 @pytest.mark.parametrize("kind", ["prefix", "dual"])
 @pytest.mark.parametrize(
     "settings",
-    [{"sampler": "threshold"}, {"sampler": "ancestral"}, {"guidance": 1.0}, {"length": 22, "context": L, "block_size": 3}],
-)
+    [{"sampler": "threshold"}, {"sampler": "ancestral"}, {"guidance": 1.0},
+     {"length": 22, "context": L, "block_size": 3}],
+)  # fmt: skip
 def test_a_sample_does_not_depend_on_its_batch(kind, settings):
     """Rows reach their blocks at different passes; each has its own keys and its own refreshes."""
     predict = Predict(network())

@@ -60,6 +60,7 @@ def test_the_factor_asks_more_of_more_positions(factor, counts):
     rows = [[0.98, 0.9, 0.8, 0.3], [1.0, 1.0, 0.0, 0.0]]
     score_BL = torch.tensor(rows, dtype=torch.float64).log()
     for row, count in zip(rows, counts):
-        assert max([n for n in range(1, 5) if row[n - 1] > 0 and row[n - 1] >= 1 - factor / (n + 1)], default=0) == count
+        holds = [n for n in range(1, 5) if row[n - 1] > 0 and row[n - 1] >= 1 - factor / (n + 1)]
+        assert max(holds, default=0) == count
     sampler = replace(SAMPLERS["factor"], factor=factor)
     assert SELECTORS["factor"].extent(score_BL, sampler).tolist() == counts
