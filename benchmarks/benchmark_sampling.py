@@ -146,7 +146,7 @@ def unigram_entropy(text: str) -> float:
 
 
 def block_arms() -> dict[str, dict]:
-    """The settings that are tried, by name; `plain` (one token a pass, the surest first) is what they are measured by."""
+    """The settings that are tried, by name; `plain`, one token a pass with the surest first, is the measure."""
     surest_first = Sampler(selector="max_prob")
     arms = {"plain": {"sampler": surest_first}}
     for size in (16, 32):

@@ -64,10 +64,10 @@ def test_the_other_revisions_are_near_the_law_in_16_steps(chain, name, eta, expe
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, expected", [("remdm_rescale", 0.008), ("remdm_loop", 0.008), ("remdm_conf", 0.02)])
+@pytest.mark.parametrize("name, expected", [("remdm_rescale", 0.01), ("remdm_loop", 0.01), ("remdm_conf", 0.022)])
 def test_the_other_revisions_reach_the_law(chain, name, expected):
-    made = chain.sample(200_000, name, 256)
-    assert chain.distance(made.ids_BL) < 1.3 * expected and float(made.nfe_B.double().mean()) > 7
+    made = chain.sample(100_000, name, 256)
+    assert chain.distance(made.ids_BL) < 1.2 * expected and float(made.nfe_B.double().mean()) > 7
 
 
 @pytest.mark.parametrize(
