@@ -37,7 +37,7 @@ class Inference:
     default_num_steps = 128
     default_sampler = "ancestral"
 
-    def predict(self, x_BL, rows_N, attention=None):
+    def predict(self, x_BL, rows_N, attention=None, cache=None):
         """Log-probabilities [N, V] float32 of the clean ids at flat positions (docs/design.md, signature 3)."""
         import torch
 
@@ -46,7 +46,9 @@ class Inference:
         x_BL, rows_N = x_BL.to(self.device), rows_N.to(self.device)
         m_B = segment_means((x_BL == self.vocabulary.mask_id).float(), attention)
         with torch.no_grad():
-            return self.model(x_BL, m_B=m_B, rows_N=rows_N, readout=lambda head: head.log_probs(), attention=attention)
+            return self.model(
+                x_BL, m_B=m_B, rows_N=rows_N, readout=lambda head: head.log_probs(), attention=attention, cache=cache
+            )
 
 
 def load_for_inference(path: str | Path, device: str = "auto", use_ema: bool = True) -> Inference:

@@ -77,13 +77,24 @@ class Blocks:
     size: int
 
 
-AttentionMask = Full | Causal | Segments | Blocks
+@dataclass(frozen=True)
+class Queries:
+    """The rows of `mask` at position_BS: S queries a row, keys at all positions (sampling with kept keys)."""
+
+    mask: Causal | Blocks
+    position_BS: torch.Tensor
+
+
+AttentionMask = Full | Causal | Segments | Blocks | Queries
 
 
 def allowed_BLL(mask: AttentionMask, num_rows: int, length: int, device: torch.device) -> torch.Tensor | None:
-    """Boolean [B or 1, L, L], True where query (dim 1) may see key (dim 2); None stands for all."""
+    """Boolean [B or 1, L or S, L], True where query (dim 1) may see key (dim 2); None: all. `length` counts keys."""
     if isinstance(mask, Full):
         return None
+    if isinstance(mask, Queries):
+        all_BLL = allowed_BLL(mask.mask, num_rows, length, device)
+        return all_BLL[0][mask.position_BS]
     if isinstance(mask, Segments):
         ids_BL = mask.ids_BL(num_rows, length)
         return ids_BL[:, :, None] == ids_BL[:, None, :]
@@ -110,7 +121,7 @@ def segment_means(x_BL: torch.Tensor, mask: AttentionMask | None) -> torch.Tenso
 
 def _sdpa(q_BLHE, k_BLGE, v_BLGE, mask):
     q, k, v = (x.transpose(1, 2) for x in (q_BLHE, k_BLGE, v_BLGE))
-    allowed = None if isinstance(mask, Causal) else allowed_BLL(mask, q.shape[0], q.shape[2], q.device)
+    allowed = None if isinstance(mask, Causal) else allowed_BLL(mask, q.shape[0], k.shape[2], q.device)
     out = F.scaled_dot_product_attention(
         q,
         k,
@@ -166,7 +177,7 @@ class AttentionBackend:
 
 
 ATTENTION_BACKENDS = {
-    "sdpa": AttentionBackend(_sdpa, (Full, Causal, Segments, Blocks)),
+    "sdpa": AttentionBackend(_sdpa, (Full, Causal, Segments, Blocks, Queries)),
     "flash_attn_2": AttentionBackend(
         _flash_attn_2, (Full, Causal, Segments), "flash_attn", (8, 0), advice="pip install flash-attn"
     ),

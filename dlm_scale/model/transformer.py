@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,6 +46,13 @@ def rotary_tables(position_BL: torch.Tensor, head_dim: int, base: float) -> tupl
     return angle.cos(), angle.sin()
 
 
+def queries_of(mask: ops.AttentionMask, position_BS: torch.Tensor) -> ops.AttentionMask:
+    """The mask as the positions that are computed see it; keys stand at all positions."""
+    if isinstance(mask, ops.Segments):
+        raise ValueError("keys cannot be kept between passes over packed documents: leave out the cache")
+    return mask if isinstance(mask, ops.Full) else ops.Queries(mask, position_BS)
+
+
 def rotate(x_BLHE: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate the two halves of each head by the position's angle."""
     first, second = x_BLHE.float().chunk(2, dim=-1)
@@ -68,7 +76,8 @@ class Attention(nn.Module):
             self.key_norm = RMSNorm(config.head_dim, config.norm_eps, layers.over_heads)
         self.out = layers.row(config.num_heads * config.head_dim, config.hidden_size)
 
-    def forward(self, x_BLD: torch.Tensor, rotary: tuple, mask: ops.AttentionMask) -> torch.Tensor:
+    def forward(self, x_BLD, rotary: tuple, mask: ops.AttentionMask, join: Callable | None = None) -> torch.Tensor:
+        """`join(k, v)` gives the keys and values to attend to, where these are not the ones of x alone."""
         fused = self.qkv(x_BLD)
         batch, length, _ = fused.shape
         grouped = fused.view(batch, length, -1, self.queries_per_group + 2, self.head_dim)
@@ -77,6 +86,8 @@ class Attention(nn.Module):
         if self.has_qk_norm:
             q_BLHE, k_BLGE = self.query_norm(q_BLHE), self.key_norm(k_BLGE)
         q_BLHE, k_BLGE = rotate(q_BLHE, *rotary), rotate(k_BLGE, *rotary)
+        if join is not None:
+            k_BLGE, v_BLGE = join(k_BLGE, v_BLGE)
         attended = ops.attention(q_BLHE, k_BLGE, v_BLGE, mask)
         return self.out(attended.reshape(batch, length, -1))
 
@@ -141,14 +152,14 @@ class Block(nn.Module):
         self.modulation = Linear(TIME_WIDTH, 6 * config.hidden_size) if config.time_conditioning == "adaln" else None
         self.over_sequence = layers.over_sequence
 
-    def forward(self, x_BLD, rotary, mask, condition_SC=None, segment_BL=None) -> torch.Tensor:
+    def forward(self, x_BLD, rotary, mask, condition_SC=None, segment_BL=None, join=None) -> torch.Tensor:
         if self.modulation is None:
-            x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), rotary, mask)
+            x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), rotary, mask, join)
             return x_BLD + self.mlp(self.mlp_norm(x_BLD))
         modulation_SD = self.over_sequence(self.modulation(F.silu(condition_SC)))
         modulation_BLD = modulation_SD[:, None, :] if segment_BL is None else modulation_SD[segment_BL]
         scale1, shift1, gate1, scale2, shift2, gate2 = modulation_BLD.chunk(6, dim=-1)
-        attended = self.attention(self.attention_norm(x_BLD) * (1 + scale1) + shift1, rotary, mask)
+        attended = self.attention(self.attention_norm(x_BLD) * (1 + scale1) + shift1, rotary, mask, join)
         x_BLD = x_BLD + (1 + gate1) * attended
         return x_BLD + (1 + gate2) * self.mlp(self.mlp_norm(x_BLD) * (1 + scale2) + shift2)
 
@@ -233,11 +244,20 @@ class Transformer(nn.Module):
         readout: Callable[[HeadView], Any],
         m_B: torch.Tensor | None = None,
         attention: ops.AttentionMask | None = None,
+        cache: Any = None,
     ) -> Any:
         """xt [B,L] int64, rows [N] flat positions, m the mask ratio [B] of each row, or with `Segments` [S] of each
-        segment (used with time conditioning only)."""
+        segment (used with time conditioning only).
+
+        `cache`, for inference: `join(layer, k, v)` keeps keys and values or adds the kept ones; where `position_AS` is
+        not None, only these positions are computed, and `rows_in_part` gives the rows' places among them.
+        """
         mask = attention or ops.Full()
         positions = ops.positions_BL(mask, *xt_BL.shape, xt_BL.device)
+        if cache is not None and cache.position_AS is not None:
+            positions = cache.position_AS
+            rows_N = cache.rows_in_part(rows_N, xt_BL.shape[1])
+            xt_BL, mask = xt_BL.gather(1, positions), queries_of(mask, positions)
         rotary = rotary_tables(positions, self.head_dim, self.rope_base)
         condition_SC, segment_BL = None, None
         if self.time_embedding is not None:
@@ -245,7 +265,8 @@ class Transformer(nn.Module):
             segment_BL = self.own_positions(mask.ids_BL(*xt_BL.shape)) if isinstance(mask, ops.Segments) else None
         hidden_BLD = self.embedding(xt_BL)
         for number, block in enumerate(self.blocks):
-            hidden_BLD = self._run(block, number, hidden_BLD, rotary, mask, condition_SC, segment_BL)
+            join = None if cache is None else partial(cache.join, number)
+            hidden_BLD = self._run(block, number, hidden_BLD, rotary, mask, condition_SC, segment_BL, join)
         selected_ND = self.select_rows(hidden_BLD, rows_N)
         return self.head(self.final_norm(selected_ND), readout)
 
