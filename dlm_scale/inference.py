@@ -47,8 +47,10 @@ class Inference:
             return self.model(x_BL, m_B=m_B, rows_N=rows_N, readout=lambda head: head.log_probs(), attention=attention)
 
 
-def load_for_inference(path: str | Path, device: str = "auto", use_ema: bool = True) -> Inference:
-    """Load a run folder's last good checkpoint, or one checkpoint folder.
+def load_for_inference(
+    path: str | Path, device: str = "auto", use_ema: bool = True, local_rank: int = 0
+) -> Inference:
+    """Load a run folder's last good checkpoint, or one checkpoint folder, onto the GPU of `local_rank` or a CPU.
 
     Raises:
         UsageError: no checkpoint there, a damaged one, or one of another format.
@@ -63,7 +65,7 @@ def load_for_inference(path: str | Path, device: str = "auto", use_ema: bool = T
     config = config_from_text(checkpoint.document("config.yaml").decode(), f"{folder}/config.yaml")
     meta = _tokenizer_meta(checkpoint)
     tokenizer = None if meta.tokenizer.kind == "none" else _tokenizer(folder, meta)
-    place = pick_device(device, 0)
+    place = pick_device(device, local_rank)
     weights = "ema" if use_ema and ("embedding.weight", "ema") in checkpoint.tensors else "param"
     model = load_model(checkpoint, config, meta.vocabulary, place, weights)
     return Inference(model, config, meta, tokenizer, place, checkpoint, weights)
