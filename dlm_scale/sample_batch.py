@@ -8,6 +8,7 @@ broadcast at the start.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -135,34 +136,41 @@ def _together(env: DistEnv, prepare: Callable[[], None]) -> None:
 def _prepare(job: Job, inference: Any, settings: dict) -> None:
     """Index the input and write the manifest, or check that they fit what is there."""
     from dlm_scale.data.files import open_regular
-    from dlm_scale.sampling.journal import describe, differences, read_json, write_atomic
+    from dlm_scale.sampling.journal import describe, preparing, write_atomic
 
     state, args = job.state, job.args
     try:
         file = open_regular(args.input)
     except OSError as error:
         raise UsageError(f"--input {args.input}: {error.strerror}") from error
-    with file:
-        wanted = json.loads(json.dumps(_identity(args, inference, settings, describe(Path(args.input)))))
-        if args.overwrite:
-            state.remove()
-        there = read_json(state.manifest)
-        if there is not None:
-            if different := list(differences(there, wanted)):
-                raise UsageError(f"{state.out} was begun with something else ({'; '.join(different)}): use what it was "
-                                 "begun with, choose another --output, or start anew with --overwrite")
-            return
-        if state.out.exists():
-            raise UsageError(f"{state.out} exists and was not made by this command: choose another --output, or replace "
-                             "it with --overwrite")
-        state.folder.mkdir(exist_ok=True)
-        _write_index(job, inference, file)
-    write_atomic(state.manifest, [json.dumps(wanted, indent=1).encode()])
+    identity = _identity(args, inference, settings, describe(Path(args.input)))
+    wanted = json.dumps(identity, indent=1)
+    try:
+        with file, preparing(state):
+            if args.overwrite:
+                state.remove()
+            if not _is_begun(state, json.loads(wanted)):
+                _write_index(job, inference, file)
+                write_atomic(state.manifest, [wanted.encode()])
+    except OSError as error:
+        raise UsageError(f"cannot write {state.folder} ({error.strerror}): check its owner and the free space") from error
+
+
+def _is_begun(state: Any, wanted: dict) -> bool:
+    """Whether this job has been begun already. Raises UsageError where another one has, or the output is not ours."""
+    from dlm_scale.sampling.journal import differences, read_json
+
+    there = read_json(state.manifest)
+    if there is None and state.out.exists():
+        raise UsageError(f"{state.out} exists and was not made by this command: choose another --output, or replace it "
+                         "with --overwrite")
+    if there is not None and (different := list(differences(there, wanted))):
+        raise UsageError(f"{state.out} was begun with something else ({'; '.join(different)}): use what it was begun "
+                         "with, choose another --output, or start anew with --overwrite")
+    return there is not None
 
 
 def _write_index(job: Job, inference: Any, file: Any) -> None:
-    import io
-
     import numpy as np
 
     from dlm_scale.sampling.journal import write_atomic
@@ -213,7 +221,7 @@ def _pass_shape(inference: Any) -> Any:
 
 def _is_complete(job: Job) -> bool:
     """Whether the output is there, whole. Raises UsageError where it was finished and is not what it was."""
-    from dlm_scale.sampling.journal import clear_parts, describe, read_json
+    from dlm_scale.sampling.journal import describe, read_json
 
     done = read_json(job.state.complete)
     if done is None:
@@ -221,7 +229,7 @@ def _is_complete(job: Job) -> bool:
     if not job.state.out.is_file() or done != describe(job.state.out) | {"results": done.get("results")}:
         raise UsageError(f"{job.state.out} was finished, and has been changed or removed since: make it anew with "
                          "--overwrite")
-    clear_parts(job.state)
+    job.state.clear()
     if job.env.rank == 0:
         _say(f"{job.state.out} is complete: {done['results']} results; nothing to do")
     return True
@@ -230,26 +238,34 @@ def _is_complete(job: Job) -> bool:
 def _sample_share(job: Job, inference: Any, settings: dict) -> None:
     import numpy as np
 
-    from dlm_scale.data.files import open_regular
-    from dlm_scale.sampling.batching import batches, share
-    from dlm_scale.sampling.fixed_shape import FixedShapePredict
-    from dlm_scale.sampling.journal import Part, find_results, hold_lock
+    from dlm_scale.sampling.batching import share
+    from dlm_scale.sampling.journal import find_results, worker_lock
 
     args, state = job.args, job.state
-    lock = hold_lock(state)
     index = np.load(state.index, mmap_mode="r")
     lengths, num_open = (index[name].astype(np.int64) for name in ("length", "num_open"))
     distinct, place = np.unique(num_open, return_inverse=True)
     steps = np.array([num_steps(vars(args), inference, int(count)) for count in distinct])[place]
     mine = share(lengths, steps, num_open, args.num_samples, job.worker, job.num_workers)
-    is_done = find_results(state.parts(), len(index) * args.num_samples)["size"] > 0
-    todo = mine[~is_done[mine]]
+    with worker_lock(state):
+        is_done = find_results(state.parts(), len(index) * args.num_samples)["size"] > 0
+        todo = mine[~is_done[mine]]
+        progress = Progress(len(mine), len(mine) - len(todo), job.env.rank == 0)
+        if len(todo):
+            _make(job, inference, settings, index, todo, (lengths, steps), progress)
+
+
+def _make(job: Job, inference: Any, settings: dict, index: Any, todo: Any, keys: tuple, progress: Progress) -> None:
+    """Sample `todo`, batch by batch, into this worker's part. keys: (length, steps) of each request."""
+    from dlm_scale.data.files import open_regular
+    from dlm_scale.sampling.batching import batches
+    from dlm_scale.sampling.fixed_shape import FixedShapePredict
+    from dlm_scale.sampling.journal import Part
+
+    args, (lengths, steps) = job.args, keys
     size = args.batch_size or _batch_size(job, inference, settings, int(lengths.max()), int(steps.min()))
-    progress = Progress(len(mine), len(mine) - len(todo), job.env.rank == 0)
     predict = FixedShapePredict(inference.model, inference.vocabulary.mask_id, inference.device, _pass_shape(inference))
-    part = Part(state.part)
-    own_times = _open_times(state)
-    with open_regular(args.input) as file:
+    with open_regular(args.input) as file, Part(job.state.part) as part, _open_times(job.state) as own_times:
         maker = Maker(index, file, _reader(args, inference), inference, predict, settings, args.num_samples)
         for batch in batches(todo, lengths, steps, args.num_samples, size):
             begun = time.perf_counter()
@@ -259,9 +275,6 @@ def _sample_share(job: Job, inference: Any, settings: dict) -> None:
             own_times.flush()
             progress.add(len(rows), maker.new_tokens)
     progress.end(predict)
-    part.close()
-    own_times.close()
-    os.close(lock)
 
 
 def _open_times(state: Any):

@@ -4,7 +4,7 @@
               index.npy        the good lines of the input
               parts/           results, a file a worker, appended and synced a batch at a time
               times/           seconds of each batch
-              locks/           a lock a worker, held for as long as it lives
+              locks/, *.lock   a lock a worker, held for as long as it lives; one to prepare, one to merge
               complete.json    size and hash of the merged output; the parts are gone then
 
 A record of a part is `number hash json`: the number of the sample, XXH3 of the JSON, the line of the output. What a
@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,19 @@ class State:
         return sorted((self.folder / "parts").glob("*.part"))
 
     def remove(self) -> None:
-        """All of an output. The manifest goes first: without it nothing else counts."""
-        self.manifest.unlink(missing_ok=True)
-        for path in (self.out, self.errors, self.times):
+        """All of an output but the locks. The manifest goes first: without it nothing else counts."""
+        for path in (self.manifest, self.complete, self.out, self.errors, self.times):
             path.unlink(missing_ok=True)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self.clear()
+
+    def clear(self) -> None:
+        """Parts, and what writers that were killed have left."""
+        for name in ("parts", "times"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        for folder, name in ((self.folder, ""), (self.out.parent, f"{self.out.name}.")):
+            for path in list(folder.iterdir()):
+                if path.name.startswith(name) and path.name.endswith(".tmp"):
+                    path.unlink(missing_ok=True)
 
 
 def write_atomic(path: Path, pieces: Iterable[bytes]) -> None:
@@ -97,36 +106,45 @@ def differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
         yield f"{name}: {json.dumps(old)[:80]} -> {json.dumps(new)[:80]}"
 
 
-def hold_lock(state: State) -> int:
-    """This worker's lock, held until the process ends. Raises UsageError where another job works on the output."""
+@contextmanager
+def worker_lock(state: State) -> Iterator[None]:
+    """Held while this worker works. Raises UsageError where another job works on the output."""
     folder = state.folder / "locks"
     folder.mkdir(exist_ok=True)
-    fd = _locked(folder / state.worker)
-    others = [path for path in folder.iterdir() if path.name.split("_of_")[1] != state.worker.split("_of_")[1]]
-    busy = [folder / state.worker] * (fd is None) + [path for path in others if _is_held(path)]
-    if busy:
-        raise UsageError(f"{state.out} is being written by another job ({busy[0].name.replace('_', ' ')}): wait for it, "
-                         "or stop it; or choose another --output")
-    return fd
+    num_workers = state.worker.partition("_of_")[2]
+    with _lock(folder / state.worker, wait=False) as is_ours:
+        others = [path for path in folder.iterdir() if path.name.partition("_of_")[2] != num_workers]
+        busy = [path for path in others if _is_held(path)] if is_ours else [folder / state.worker]
+        if busy:
+            raise UsageError(f"{state.out} is being written by another job ({busy[0].name.replace('_', ' ')}): wait for "
+                             "it, or stop it; or choose another --output")
+        yield
 
 
-def _locked(path: Path) -> "int | None":
+@contextmanager
+def _lock(path: Path, wait: bool) -> Iterator[bool]:
+    """Whether we have it. A file system without locks refuses nobody: there is nothing to tell by."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        is_ours = True
+    except OSError as error:
+        is_ours = not isinstance(error, BlockingIOError)
+    try:
+        yield is_ours
+    finally:
         os.close(fd)
-        return None
-    except OSError:  # a file system without locks: nothing can be told, nobody is refused
-        pass
-    return fd
 
 
 def _is_held(path: Path) -> bool:
-    fd = _locked(path)
-    if fd is not None:
-        os.close(fd)
-    return fd is None
+    with _lock(path, wait=False) as is_ours:
+        return not is_ours
+
+
+def preparing(state: State) -> AbstractContextManager:
+    """One at a time sets up the folder of an output: the tasks of an array start together."""
+    state.folder.mkdir(exist_ok=True)
+    return _lock(state.folder / "prepare.lock", wait=True)
 
 
 class Part:
@@ -145,7 +163,10 @@ class Part:
             data = data[os.write(self._fd, data) :]
         os.fsync(self._fd)
 
-    def close(self) -> None:
+    def __enter__(self) -> "Part":
+        return self
+
+    def __exit__(self, *_) -> None:
         os.close(self._fd)
 
 
@@ -206,12 +227,7 @@ def merge(state: State, total: int, write: Callable[[Path, Iterator[bytes]], Non
 
     Whoever finds them complete does it; the others wait and find it done. `write(path, lines)` writes one format.
     """
-    fd = os.open(state.folder / "merge.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        except OSError:  # without locks two may merge at once: both write the same bytes
-            pass
+    with _lock(state.folder / "merge.lock", wait=True):
         if (done := read_json(state.complete)) is not None:
             return done
         parts = state.parts()
@@ -222,15 +238,8 @@ def merge(state: State, total: int, write: Callable[[Path, Iterator[bytes]], Non
         write_atomic(state.times, _whole_lines(sorted((state.folder / "times").glob("*.jsonl"))))
         done = describe(state.out) | {"results": total}
         write_atomic(state.complete, [json.dumps(done).encode()])
-        clear_parts(state)
+        state.clear()
         return done
-    finally:
-        os.close(fd)
-
-
-def clear_parts(state: State) -> None:
-    for name in ("parts", "times"):
-        shutil.rmtree(state.folder / name, ignore_errors=True)
 
 
 def _whole_lines(paths: Sequence[Path]) -> Iterator[bytes]:
