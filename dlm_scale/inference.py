@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,22 @@ class Inference:
         m_B = (x_BL == self.vocabulary.mask_id).float().mean(dim=1)
         with torch.no_grad():
             return self.model(x_BL, m_B=m_B, rows_N=rows_N, readout=lambda head: head.log_probs(), attention=attention)
+
+    def generate(self, prompts: Sequence[str], *, num_samples: int = 1, is_infill: bool = False, **options) -> list:
+        """`num_samples` Samples (text, ids, nfe) of each prompt, or with is_infill of each text with <mask> holes.
+
+        options: sampler, steps, max_new_tokens, seed, temperature, top_k, top_p, stop_token (a list), named and
+        meant as the flags of `dlm sample`, whose texts these are. Raises UsageError.
+        """
+        from dlm_scale.sampling.texts import generate_texts
+
+        return generate_texts(self, prompts, num_samples, is_infill, options)
+
+    def stream(self, prompt: str, *, num_samples: int = 1, is_infill: bool = False, **options) -> Iterator:
+        """The State of all samples of one prompt (sampling/engine.py) at the start and after every pass."""
+        from dlm_scale.sampling.texts import stream_text
+
+        return stream_text(self, prompt, range(num_samples), is_infill, options)
 
 
 def load_for_inference(

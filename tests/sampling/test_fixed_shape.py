@@ -77,7 +77,7 @@ def test_the_same_on_the_instructions_of_older_processors():
 
 
 class PlaceDependent:
-    """A network whose bits differ in the last places of a pass of more than three canvases, and of a block of the head."""
+    """Bits differ at the last places of a pass of more than three canvases, in a pass of one, and within the head."""
 
     def __init__(self, hidden_ND=None):
         self.hidden_ND = hidden_ND
@@ -85,6 +85,7 @@ class PlaceDependent:
     def __call__(self, x_RL, *, m_B, rows_N, readout, attention):
         hidden_RL1 = x_RL[:, :, None].float().clone()
         hidden_RL1[3:] += 1e-3
+        hidden_RL1 += 1e-3 * (len(x_RL) == 1)
         return readout(PlaceDependent(hidden_RL1.flatten(0, 1)))
 
     def over(self, hidden_ND):
@@ -102,7 +103,8 @@ def test_passes_shrink_until_all_places_agree():
     made = predict(x_BL, torch.arange(1, 20, 2))
     assert made[:, 0].tolist() == list(range(1, 20, 2))
     assert predict.rows_by_length == {2: 3} and predict.head_rows == 1
-    assert (predict.num_rows, predict.num_copies) == (12, 2)
+    assert predict.is_as_full == {(2, 1): False, (2, 2): True}  # so the tenth canvas goes with a copy
+    assert (predict.num_rows, predict.num_copies) == (11, 1)
 
 
 @pytest.mark.parametrize("vocab", [29, 67, 384, 4001])
