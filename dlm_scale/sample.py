@@ -7,26 +7,16 @@ import io
 import json
 import math
 import sys
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from dlm_scale.errors import UsageError
-from dlm_scale.sampling.requests import Canvas, Sample, finished, infill_canvas, prompt_canvas
-from dlm_scale.sampling.settings import (
-    FLAG,
-    add_sampling_arguments,
-    check_ranges,
-    check_sampling,
-    longest_canvas,
-    num_steps,
-    stream_settings,
-    text_of,
-)
+from dlm_scale.sampling.requests import Canvas, Sample
+from dlm_scale.sampling.settings import FLAG, add_sampling_arguments, check_ranges, check_sampling, text_of
+from dlm_scale.sampling.texts import BATCH_SIZE, samples_of, stream_canvas, text_canvas, text_settings
 
 SEPARATOR = "---------------"
-_BATCH_SIZE = 16
 _RANGES = {"animate_delay": (0, 60), "animate_step": (1, 2**31)}
 
 
@@ -54,17 +44,12 @@ def run(args: argparse.Namespace) -> int:
     from dlm_scale.inference import load_for_inference
 
     inference = load_for_inference(args.checkpoint or args.out_dir, device=args.device)
-    if inference.tokenizer is None:
-        raise UsageError("this checkpoint was trained on synthetic tokens: it has no tokenizer, so no text to sample")
-    canvas = _canvas(text, args, inference)
-    settings = stream_settings(vars(args), inference) | {
-        "num_steps": num_steps(vars(args), inference, canvas.num_open)
-    }
-    request_hash = zlib.crc32(text.encode())
+    canvas = text_canvas(inference, text, args.infill is not None, vars(args))
+    settings = text_settings(inference, canvas, vars(args))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     samples = []
-    for batch in _batches(args, inference, canvas, request_hash, settings):
+    for batch in _batches(args, inference, text, canvas, settings):
         if not args.json:
             _print(batch)
         samples += batch
@@ -85,30 +70,21 @@ def _check(args: argparse.Namespace) -> None:
             raise UsageError(f"cannot write {path}: its folder does not exist; make it first")
 
 
-def _canvas(text: str, args: argparse.Namespace, inference: Any) -> Canvas:
-    longest = longest_canvas(vars(args), inference)
-    if args.infill is not None:
-        return infill_canvas(text, inference.tokenizer, longest)
-    ids = inference.tokenizer.encode(text)
-    return prompt_canvas(ids, args.max_new_tokens, inference.tokenizer.vocabulary.mask_id, longest)
-
-
 def _batches(
-    args: argparse.Namespace, inference: Any, canvas: Canvas, request_hash: int, settings: dict
+    args: argparse.Namespace, inference: Any, text: str, canvas: Canvas, settings: dict
 ) -> Iterator[list[Sample]]:
     """Samples in order: one by one while they are watched, else many at once. The text is the same."""
     from dlm_scale.sampling.strip import Screen, save_strip_html, save_strip_png
 
     is_tty = sys.stdout.isatty()
     is_animated = (is_tty if args.animate is None else args.animate) and not args.json
-    size = 1 if is_animated else _BATCH_SIZE
+    size = 1 if is_animated else BATCH_SIZE
     for first in range(0, args.num_samples, size):
         screen = Screen(sys.stdout, is_tty, args.animate_delay, args.animate_step) if is_animated else None
         frames = [] if first == 0 and (args.html or args.png) else None
         indices = range(first, min(first + size, args.num_samples))
-        own = {"request_hashes": [request_hash] * len(indices), "sample_indices": indices}
-        own["on_step"] = _watcher(inference, args.mask_char, screen, frames)
-        yield _sample(inference, canvas, settings | own, indices)
+        watch = _watcher(inference, args.mask_char, screen, frames)
+        yield _sample(inference, text, canvas, settings, indices, watch)
         for path, save in ((args.html, save_strip_html), (args.png, save_strip_png)):
             if frames and path:
                 save(frames, path)
@@ -130,19 +106,14 @@ def _watcher(inference: Any, mask_char: str, screen: Any, frames: "list | None")
     return watch
 
 
-def _sample(inference: Any, canvas: Canvas, settings: dict[str, Any], indices: range) -> list[Sample]:
-    import torch
-
-    from dlm_scale.sampling.engine import generate
-
-    x_BL = torch.tensor([canvas.ids] * len(indices), device=inference.device)
-    is_fixed_BL = torch.tensor([canvas.is_fixed] * len(indices), device=inference.device)
-    try:
-        made = generate(inference.predict, x_BL, is_fixed_BL, **settings)
-    except ValueError as error:  # settings that only the canvas shows to be impossible, a model that has diverged
-        raise UsageError(f"cannot sample: {error}") from error
-    rows = zip(indices, made.ids_BL.tolist(), made.nfe_B.tolist())
-    return [finished(*row, canvas, settings["stop_ids"], inference.tokenizer) for row in rows]
+def _sample(
+    inference: Any, text: str, canvas: Canvas, settings: dict[str, Any], indices: range, watch: Any
+) -> list[Sample]:
+    state = None
+    for state in stream_canvas(inference, text, canvas, indices, settings):
+        if watch is not None:
+            watch(state)
+    return samples_of(inference, canvas, state, indices, settings)
 
 
 def _print(batch: list[Sample]) -> None:

@@ -92,6 +92,14 @@ def parser_of(name: str) -> cli.Parser:
     return parser
 
 
+def sample_batch_parser() -> cli.Parser:
+    from dlm_scale.sample_batch import add_arguments
+
+    parser = cli.Parser(prog="sample_batch.py")
+    add_arguments(parser)
+    return parser
+
+
 def options_of(name: str) -> set[str]:
     return {flag for action in cli._actions(parser_of(name)) for flag in action.option_strings}
 
@@ -108,7 +116,9 @@ def check_dlm(name: str, arguments: list[str]) -> None:
 
 def check_command(words: list[str]) -> None:
     program, *rest = words
-    if program in ("deepspeed", "torchrun"):
+    if "tools/sample_batch.py" in words:
+        sample_batch_parser().parse(words[words.index("tools/sample_batch.py") + 1 :])
+    elif program in ("deepspeed", "torchrun"):
         at = rest.index("--module" if program == "deepspeed" else "-m")
         check_dlm(rest[at + 1].removeprefix("dlm_scale."), rest[at + 2 :])
     elif program == "dlm":
@@ -118,7 +128,7 @@ def check_command(words: list[str]) -> None:
             raise UsageError(f"the Makefile lacks one of {rest}")
     elif words[:2] == ["python", "tools/prepare_data.py"]:
         check_dlm("prepare", rest[1:])
-    elif program not in ("source", "curl"):
+    elif program not in ("source", "curl", "printf"):
         raise UsageError(f"{program} is no command that these documents use")
 
 
@@ -138,6 +148,7 @@ def test_the_commands_of_a_block_exist(block):
     "dlm data verify",
     "make quickstrat",
     "python tools/prepare_data.py text.txt --tokenizer byte --output D",
+    "torchrun --nproc_per_node 2 tools/sample_batch.py runs/x --input p.jsonl --output o.jsonl --batchsize=3",
     "rm -rf data",
 ])  # fmt: skip
 def test_the_check_sees_a_wrong_command(line):
@@ -160,13 +171,14 @@ class Sandbox(NamedTuple):
 
     def run(self, document: str) -> None:
         """Execute the document's blocks in order; their outputs are appended to `outputs`."""
-        for block in BASH:
+        for block in BLOCKS:
             if block.document == document and block.directive == RUN:
                 self.outputs.append(self._run_block(block))
 
     def _run_block(self, block: Block) -> str:
         environment = os.environ | {"PATH": f"{self.folder}/bin{os.pathsep}{os.environ['PATH']}"}
-        command = ["bash", "-euo", "pipefail", "-c", block.text]
+        shell = {"bash": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}[block.language]
+        command = [*shell, block.text]
         process = subprocess.Popen(command, cwd=self.folder, env=environment, stdin=subprocess.DEVNULL, text=True,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
         try:
@@ -227,7 +239,12 @@ def test_the_guide_to_training_runs(sandbox):
 @pytest.mark.timeout(2 * BLOCK_SECONDS)
 def test_the_guide_to_sampling_runs(sandbox):
     sandbox.run("docs/sampling.md")
-    assert sandbox.outputs[-1].startswith("JULIET:\n")
+    pictures, batches, python = sandbox.outputs[-3:]
+    assert pictures.startswith("JULIET:\n") and not batches
+    samples = [json.loads(line) for line in (sandbox.folder / "samples.jsonl").read_text().splitlines()]
+    assert [(row["id"], row["sample"]) for row in samples] == [(i, s) for i in ("r1", "r2", 3) for s in range(4)]
+    assert (sandbox.folder / "samples.parquet").is_file()
+    assert python.startswith("['ROMEO:") and " 'ROMEO:" in python.splitlines()[-1]
     assert (sandbox.folder / "denoising.png").read_bytes().startswith(b"\x89PNG")
     assert "<table>" in (sandbox.folder / "denoising.html").read_text()
 
@@ -293,7 +310,8 @@ def test_files_keys_and_commands_that_are_named_exist(document):
 def test_every_key_and_every_flag_of_sampling_is_explained():
     assert first_cells("docs/training.md", "Every key") == known_keys_in_documented_order()
     described = set(re.findall(r"`(--?\w+)`", DOCUMENTS["docs/sampling.md"]))
-    assert options_of("sample") - {"-h", "--help"} <= described
+    batch = {flag for action in cli._actions(sample_batch_parser()) for flag in action.option_strings}
+    assert (options_of("sample") | batch) - {"-h", "--help"} <= described
 
 
 def known_keys_in_documented_order() -> list[str]:

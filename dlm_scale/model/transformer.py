@@ -190,6 +190,10 @@ class HeadView:
         """Normalised float32 [N, V]."""
         return F.log_softmax(self.logits(), dim=-1)
 
+    def over(self, hidden_ND: torch.Tensor) -> HeadView:
+        """The same head over other final hidden states (only where its weight stays: not under ZeRO-3)."""
+        return HeadView(self._head, hidden_ND)
+
 
 class Head(nn.Module):
     """The output table: its own weight, or the input table's when tied (one parameter, two places); and the cap of the

@@ -131,6 +131,8 @@ def _token_id(flag: str, token: str, tokenizer: Any) -> int:
         raise UsageError(f"--{flag} {token!r}: this checkpoint has no tokenizer to read it with")
     if token == "eos" and tokenizer.eos_id is not None:
         return tokenizer.eos_id
+    if token in tokenizer.special_ids:
+        return tokenizer.special_ids[token]
     ids = list(tokenizer.encode(text_of(token)))
     if len(ids) != 1:
         raise UsageError(f"--{flag} {token!r} is {len(ids)} tokens of this tokenizer; it must be exactly one")
