@@ -62,6 +62,9 @@ class Segments:
         flat = torch.arange(num_rows * length, device=self.cu_seqlens.device, dtype=torch.int32)
         return torch.bucketize(flat, self.cu_seqlens[1:], right=True).view(num_rows, length)
 
+    def to(self, device, non_blocking: bool = False) -> Segments:
+        return Segments(self.cu_seqlens.to(device, non_blocking=non_blocking))
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -92,6 +95,13 @@ def positions_BL(mask: AttentionMask, num_rows: int, length: int, device: torch.
         return position_L[None]
     flat_BL = torch.arange(num_rows * length, device=device).view(num_rows, length)
     return flat_BL - mask.cu_seqlens[mask.ids_BL(num_rows, length)].long()
+
+
+def segment_means(x_BL: torch.Tensor, mask: AttentionMask | None) -> torch.Tensor:
+    """Mean of each row [B], or with `Segments` of each segment [S]."""
+    if not isinstance(mask, Segments):
+        return x_BL.mean(dim=1)
+    return torch.segment_reduce(x_BL.flatten(), "mean", lengths=mask.cu_seqlens.diff().long())
 
 
 def _sdpa(q_BLHE, k_BLGE, v_BLGE, mask):
@@ -251,23 +261,26 @@ def _attention_error(backend: AttentionBackend, device: str, dtype: torch.dtype,
     return max(((a.float() - b).abs().max() / b.abs().max()).item() for a, b in zip(*results))
 
 
-def linear_cross_entropy(hidden_ND, weight_VD, target_N, weight_N, bias_V=None, vocab_start=0, group=None):
+def linear_cross_entropy(
+    hidden_ND, weight_VD, target_N, weight_N, bias_V=None, vocab_start=0, group=None, terms: LossTerms = LossTerms()
+):
     """Weighted cross-entropy of the vocabulary projection, on selected rows only.
 
     hidden [N,D], weight [V,D] (this rank's rows of the table, from `vocab_start`), target [N] int64 ids, weight_N [N]
-    float32, bias [V] float32 added to the logits (-inf suppresses an id). `group` shards the vocabulary.
+    float32, bias [V] float32 added to the logits (-inf suppresses an id). `group` shards the vocabulary. `terms`:
+    softcap, z-loss and label smoothing (kernels/linear_cross_entropy.py).
 
-    Returns (sum of weight*ce, float32 scalar connected to the graph also at N = 0; ce [N] float32, detached;
-    is_correct [N] bool).
+    Returns (sum of weight*ce and of the terms, float32 scalar connected to the graph also at N = 0; ce [N] float32,
+    detached, without terms but of the capped logits; is_correct [N] bool).
     """
-    return linear_cross_entropy_outputs(hidden_ND, weight_VD, target_N, weight_N, bias_V, vocab_start, group)[:3]
+    return linear_cross_entropy_outputs(hidden_ND, weight_VD, target_N, weight_N, bias_V, vocab_start, group, terms)[:3]
 
 
 def linear_cross_entropy_outputs(
     hidden_ND, weight_VD, target_N, weight_N, bias_V=None, vocab_start=0, group=None,
     terms: LossTerms = LossTerms(), backend: str | None = None,
 ) -> CrossEntropy:  # fmt: skip
-    """The same with softcap, z-loss and label smoothing (`terms`), and with the log-sum-exp among the side outputs."""
+    """The same with the log-sum-exp among the side outputs, and a choice of the backend."""
     if _kernels(backend, "linear_cross_entropy", hidden_ND) == "reference":
         run = linear_cross_entropy_ref
     else:
@@ -330,9 +343,11 @@ def _kernel_obstacle(op: str, device: str) -> str | None:
     return None if error < 1e-3 else f"it differs from the reference by {error:.1e}"
 
 
-def linear_logits(hidden_ND, weight_VD, bias_V=None, group=None) -> torch.Tensor:
+def linear_logits(hidden_ND, weight_VD, bias_V=None, group=None, softcap: float | None = None) -> torch.Tensor:
     """Float32 logits [N, V of the whole table] of selected rows, gathered over `group`."""
     logits_NV = F.linear(hidden_ND, weight_VD).float()
+    if softcap is not None:
+        logits_NV = softcap * torch.tanh(logits_NV / softcap)
     if bias_V is not None:
         logits_NV = logits_NV + bias_V
     if group is None:

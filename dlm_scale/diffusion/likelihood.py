@@ -18,6 +18,7 @@ import torch
 
 from dlm_scale.diffusion.corruption import Corrupted, assemble, clean_rows, exact_count, row_words, smallest_words
 from dlm_scale.diffusion.rng import Stream, counter_of, philox, uniform53
+from dlm_scale.diffusion.segments import row_bounds
 from dlm_scale.diffusion.timestep import wrap_time
 
 NUM_BINS = 10
@@ -81,8 +82,8 @@ def _evaluation_draw(x0_BL, row_index_B, maskable_BL, seed, draw, draws_per_repl
     is_masked_BL = smallest_words(word_BL, maskable_BL, count_B)
     weight_B, m_B = length_B / np.maximum(count_B, 1), count_B / np.maximum(length_B, 1)
     return assemble(
-        x0_BL, is_masked_BL, mask_id, weight_B=weight_B, elbo_weight_B=weight_B, m_B=m_B, t_B=t_B,
-        num_maskable_B=length_B, denominator=1.0,
+        x0_BL, is_masked_BL, mask_id, row_bounds(*x0_BL.shape), weight_S=weight_B, elbo_weight_S=weight_B, m_S=m_B,
+        t_S=t_B, num_maskable_S=length_B, denominator=1.0,
     )  # fmt: skip
 
 

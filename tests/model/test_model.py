@@ -140,6 +140,22 @@ def test_segments_equal_each_document_alone():
         torch.testing.assert_close(packed[start:stop], alone, rtol=1e-5, atol=1e-5)
 
 
+def test_a_packed_document_is_conditioned_on_its_own_mask_ratio():
+    model, x_BL = randomised(made(time_conditioning="adaln")), ids(LAST)
+    mask, m_S = ops.Segments(torch.tensor([0, 5, 12, 15, 24], dtype=torch.int32)), torch.tensor([0.1, 0.9, 0.4, 0.7])
+    packed = logits(model, x_BL, attention=mask, m_B=m_S).flatten(0, 1)
+    for segment, (start, stop) in enumerate(((0, 5), (5, 12), (12, 15), (15, 24))):
+        alone = logits(model, x_BL.view(1, -1)[:, start:stop], m_B=m_S[segment : segment + 1])[0]
+        torch.testing.assert_close(packed[start:stop], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_means_are_of_rows_or_of_segments():
+    x_BL = torch.tensor([[1.0, 0.0, 1.0, 0.0], [1.0, 1.0, 1.0, 0.0]])
+    assert ops.segment_means(x_BL, None).tolist() == ops.segment_means(x_BL, ops.Causal()).tolist() == [0.5, 0.75]
+    mask = ops.Segments(torch.tensor([0, 1, 4, 6, 8], dtype=torch.int32))
+    torch.testing.assert_close(ops.segment_means(x_BL, mask), torch.tensor([1.0, 1 / 3, 1.0, 0.5]))
+
+
 def test_time_conditioning_starts_as_the_identity_then_matters():
     x_BL, m_B = ids(LAST), torch.tensor([0.2, 0.9])
     plain, conditioned = made(tied=False), made(tied=False, time_conditioning="adaln")
