@@ -38,7 +38,7 @@ def _draw_nelbo(axes, records) -> None:
 
 
 def _draw_mask_ratio(axes, records) -> None:
-    curves = [r for r in records if r.get("val_ce_by_mask_ratio")]
+    curves = [r for r in records if any(r.get("val_ce_by_mask_ratio") or ())]
     middle = len(curves) // 2
     shown = {r["step"]: r for r in curves[:1] + curves[middle : middle + 1] + curves[-1:]}
     for record in shown.values():

@@ -65,6 +65,11 @@ def _quadrature(offset_B, length_B, num_passes):
 ESTIMATORS = {"exact": Estimator(_exact), "pairs": Estimator(_pairs, unit=2), "quadrature": Estimator(_quadrature)}
 
 
+def default_estimator(num_draws: int) -> str:
+    """`pairs`, the one of least variance, where the number of draws allows it; else `exact`."""
+    return "exact" if num_draws % (NUM_REPLICATES * ESTIMATORS["pairs"].unit) else "pairs"
+
+
 def check_draws(estimator: str, num_draws: int) -> None:
     """Raises ValueError unless the estimator exists and num_draws is two replicates of whole units."""
     if estimator not in ESTIMATORS:

@@ -107,8 +107,7 @@ def summarise(parts: Iterable[RowSums]) -> NelboEstimate:
     tokens, num_rows = int(rows.num_maskable_R.sum()), rows.row_index_R.size
     if tokens == 0:
         raise ValueError("no row has a maskable token: nothing to estimate")
-    half = rows.weighted_ce_RK.shape[1] // 2
-    a_R, b_R = rows.weighted_ce_RK[:, :half].mean(1), rows.weighted_ce_RK[:, half:].mean(1)
+    a_R, b_R = _replicates(rows).weighted_ce_RK.T
     nelbo = float((a_R + b_R).sum() / 2 / tokens)
     residual_R = (a_R + b_R) / 2 - nelbo * rows.num_maskable_R
     variance_rows = num_rows / (num_rows - 1) * float((residual_R**2).sum()) if num_rows > 1 else math.nan
@@ -123,14 +122,18 @@ def difference(parts: Iterable[RowSums], other_parts: Iterable[RowSums]) -> Nelb
     """The first model's estimate minus the second's, with the standard errors of the difference: the rows (and, with
     one seed, the masks) are the same, so what is common to both models cancels.
 
-    Raises ValueError unless both looked at the same rows, as often.
+    Raises ValueError unless both looked at the same rows.
     """
-    one, other = _merge(list(parts)), _merge(list(other_parts))
-    same = all(np.array_equal(getattr(one, c), getattr(other, c)) for c in ("row_index_R", "num_maskable_R"))
-    if not same or one.weighted_ce_RK.shape != other.weighted_ce_RK.shape:
-        raise ValueError("a difference needs the same rows and as many draws on both sides")
-    return summarise([replace(one, weighted_ce_RK=one.weighted_ce_RK - other.weighted_ce_RK, ce_RK=0 * one.ce_RK,
-                              num_masked_RK=0 * one.num_masked_RK)])
+    one, other = (_replicates(_merge(list(side))) for side in (parts, other_parts))
+    if not all(np.array_equal(getattr(one, c), getattr(other, c)) for c in ("row_index_R", "num_maskable_R")):
+        raise ValueError("a difference needs the same rows on both sides")
+    return summarise([replace(one, weighted_ce_RK=one.weighted_ce_RK - other.weighted_ce_RK)])
+
+
+def _replicates(rows: RowSums) -> RowSums:
+    """The two replicates' estimates in place of their draws; without a curve over the mask ratio."""
+    two_R2 = np.stack([half_RK.mean(1) for half_RK in np.split(rows.weighted_ce_RK, 2, axis=1)], axis=1)
+    return replace(rows, weighted_ce_RK=two_R2, ce_RK=0 * two_R2, num_masked_RK=np.zeros(two_R2.shape, np.int64))
 
 
 def _merge(parts: list[RowSums]) -> RowSums:
