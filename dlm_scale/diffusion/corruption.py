@@ -48,12 +48,16 @@ class Corrupted:
     attention: Any = None
 
     @property
+    def bounds_S1(self) -> torch.Tensor | None:
+        """Bounds of the segments where documents are packed, int32; None: the rows are the segments."""
+        return getattr(self.attention, "cu_seqlens", None)
+
+    @property
     def segment_N(self) -> torch.Tensor:
         """int64: the segment that each masked position belongs to."""
-        bounds_S1 = getattr(self.attention, "cu_seqlens", None)
-        if bounds_S1 is None:
+        if self.bounds_S1 is None:
             return self.rows_N // self.xt_BL.shape[1]
-        return torch.bucketize(self.rows_N, bounds_S1[1:], right=True)
+        return torch.bucketize(self.rows_N, self.bounds_S1[1:], right=True)
 
     def to(self, device, non_blocking: bool = False) -> "Corrupted":
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
