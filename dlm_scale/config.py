@@ -74,6 +74,12 @@ class ModelConfig(Section):
     init_std: PositiveFloat = 0.02
 
 
+class ObjectiveConfig(Section):
+    """What the network learns: to fill in masked tokens, or its autoregressive twin to predict the next one."""
+
+    kind: Literal["masked", "autoregressive"] = "masked"
+
+
 class DiffusionConfig(Section):
     """The forward process and the weighting of the loss."""
 
@@ -226,6 +232,7 @@ class Config(Section):
     """The whole config of a run; `load_config` makes it."""
 
     model: ModelConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     data: DataConfig
     parallel: ParallelConfig = ParallelConfig()
@@ -249,6 +256,8 @@ def _cross_problems(config: Config) -> Iterator[Problem]:
             f"= {weighting} needs diffusion.schedule = linear, not {schedule} (its counts are uniform only there): set "
             "diffusion.weighting=elbo or diffusion.schedule=linear",
         )
+    if config.objective.kind == "autoregressive":
+        yield from _autoregressive_problems(config)
     if config.data.is_synthetic and (len(config.data.train) > 1 or not config.data.synthetic_vocab_size):
         yield "data.train", "= synthetic stands alone and needs data.synthetic_vocab_size"
     for key, value, default in (("packing", config.data.packing, "none"), ("order", config.data.order, "shuffled")):
@@ -256,6 +265,19 @@ def _cross_problems(config: Config) -> Iterator[Problem]:
             yield f"data.{key}", f"= {value} needs documents on the disk, which data.train=synthetic has none of: drop it"
     if config.train.global_batch_size % config.train.micro_batch_size:
         yield "train.global_batch_size", _batch_text(config.train, 1)
+
+
+def _autoregressive_problems(config: Config) -> Iterator[Problem]:
+    """The twin has no time, no masks and no weights."""
+    why, twin = "has no meaning under objective.kind = autoregressive", DiffusionConfig()
+    if config.model.time_conditioning != "none":
+        yield "model.time_conditioning", f"= {config.model.time_conditioning} {why}, which knows no time: set none"
+    for key in ("schedule", "weighting"):
+        value = getattr(config.diffusion, key)
+        if value != getattr(twin, key):
+            yield f"diffusion.{key}", f"= {value} {why}: leave it out"
+    if config.data.random_length_share:
+        yield "data.random_length_share", f"= {config.data.random_length_share} {why}: every prefix is learnt; set 0"
 
 
 def _model_problems(config: Config) -> Iterator[Problem]:

@@ -1,114 +1,290 @@
-"""`dlm evaluate CKPT --data PREFIX`: the NELBO with its standard errors; one process or data-parallel."""
+"""`dlm evaluate CKPT`: likelihoods (one process or data-parallel), generated text, sweeps, the zero-shot suite."""
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
-import math
 import sys
+from pathlib import Path
 from typing import Any
 
 from dlm_scale.cli import launched_main
 from dlm_scale.errors import UsageError
 
+LIKELIHOODS = ("nelbo", "duel", "l2r")
+ORDERS = ("max_prob", "margin", "entropy", "entropy_bounded", "threshold")
+ESTIMATORS = ("pairs", "exact", "quadrature")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="CKPT", help="a run folder (its last good checkpoint) or a checkpoint")
-    parser.add_argument("--data", metavar="PREFIX", help="dataset prefix; default: the run's data.validation")
-    parser.add_argument("--max_rows", type=int, help="evaluate the first N rows only")
-    parser.add_argument("--num_draws", type=int, default=8, help="masks a row, even (default 8)")
-    parser.add_argument("--batch_size", type=int, default=16, help="rows a forward pass (default 16)")
-    parser.add_argument("--seed", type=int, default=0, help="of the masks; the same for checkpoints to be compared")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--weights", choices=("auto", "ema", "raw"), default="auto", help="auto: EMA if there is one")
-    parser.add_argument("--json", action="store_true", help="only one JSON object on stdout")
+    add = parser.add_argument
+    add("checkpoint", metavar="CKPT", help="a run folder (its last good checkpoint) or a checkpoint")
+    add("other", metavar="CKPT2", nargs="?", help="a second one: adds the paired difference, first minus second")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--weights", choices=("auto", "ema", "raw"), default="auto", help="auto: EMA if there is one")
+    add("--batch_size", type=int, default=16, help="rows a forward pass (default 16)")
+    add("--seed", type=int, default=0, help="of masks and samples; the same for checkpoints to be compared")
+    add("--json", action="store_true", help="only one JSON object on stdout")
+    _add_likelihood_arguments(parser.add_argument_group("likelihood of a dataset (what is done without further flags)"))
+    _add_text_arguments(parser.add_argument_group("quality of generated text, in one process"))
+    suite = parser.add_argument_group("zero-shot likelihoods")
+    suite.add_argument("--suite", choices=("mdlm",), help="the held-out sets of MDLM's zero-shot table")
+    suite.add_argument("--from", dest="source", metavar="DIR", help="NAME.jsonl or NAME.parquet instead of the Hub")
+    suite.add_argument("--sets", metavar="NAMES", help="some of the sets, as in ptb,lambada (default: all)")
+
+
+def _add_likelihood_arguments(group: Any) -> None:
+    add = group.add_argument
+    add("--data", metavar="PREFIX", help="dataset prefix; default: the run's data.validation")
+    add("--max_rows", type=int, help="evaluate the first N rows only")
+    add("--likelihood", choices=LIKELIHOODS, default="nelbo",
+        help="nelbo: the bound; duel, l2r: exact, of the sampler with --order, or from left to right (default nelbo)")
+    add("--estimator", choices=ESTIMATORS, help="of the bound; default: pairs where --num_draws is a multiple of 4")
+    add("--num_draws", type=int, default=8, help="masks a row, even (default 8)")
+    add("--order", choices=ORDERS, default="max_prob", help="which positions duel reveals first (default max_prob)")
+    add("--tokens_per_step", type=int, default=1, help="how many positions duel reveals a pass (default 1)")
+
+
+def _add_text_arguments(group: Any) -> None:
+    add = group.add_argument
+    add("--samples", metavar="FILE", help="score these samples: JSON Lines with text and, if there, tokens and nfe")
+    add("--generate", type=int, metavar="N", help="score N samples made now, by --sampler in --steps")
+    add("--sampler", default="ancestral", help="of --generate (default ancestral; autoregressive: left_to_right)")
+    add("--sweep", metavar="S1,S2", help="samplers: quality against passes, for all of --steps, to OUT.png and OUT.json")
+    add("--steps", default="0", metavar="N1,N2", help="most passes a sample; 0: as many as tokens (default 0)")
+    add("--length", type=int, help="tokens a sample (default: the context length)")
+    add("--temperature", type=float, default=1.0)
+    add("--top_p", type=float, default=1.0)
+    add("--judge", default="ngram", metavar="J", help="ngram, or the folder of a Hugging Face causal model")
+    add("--judge_text", metavar="T", help="what ngram counts: a text file or a dataset prefix (default: the run's)")
+    add("--out", default="sweep", metavar="OUT", help="of --sweep (default sweep)")
 
 
 def run(args: argparse.Namespace) -> None:
     """Evaluate; rank 0 prints. Raises UsageError for input that does not fit."""
-    _check_arguments(args)
+    check_arguments(args)
     from dlm_scale.engine.runtime import start_runtime, stop_runtime
-    from dlm_scale.inference import load_for_inference
 
     runtime = start_runtime(args.device, 1)
-    inference = load_for_inference(args.checkpoint, runtime.device.type, use_ema=args.weights != "raw")
-    if args.weights == "ema" and inference.weights != "ema":
-        raise UsageError(f"--weights=ema: {args.checkpoint} holds no averaged weights (train.ema_decay was 0)")
-    report = evaluate_checkpoint(inference, args, runtime)
+    evaluated, text = MODES[mode_of(args)]
+    report = evaluated(args, runtime)
     if runtime.is_first:
-        _print(report, args.json)
+        if not args.json:
+            print(text(report))
+        print(json.dumps(report))
     stop_runtime()
 
 
-def _check_arguments(args: argparse.Namespace) -> None:
-    if args.num_draws < 2 or args.num_draws % 2:
-        raise UsageError(f"--num_draws={args.num_draws}: must be even and at least 2 (two independent halves give the "
-                         "standard error)")
-    for name in ("batch_size", "max_rows"):
+def mode_of(args: argparse.Namespace) -> str:
+    """What is asked for. Raises UsageError for two things at once."""
+    asked = [name for name in ("samples", "generate", "sweep", "suite") if getattr(args, name) is not None]
+    if asked == ["generate", "sweep"]:
+        return "sweep"  # --generate says how many samples
+    if len(asked) > 1:
+        raise UsageError(f"--{' and --'.join(asked)} exclude each other: run one after the other")
+    if asked and args.other:
+        raise UsageError(f"a second checkpoint is for likelihoods: --{asked[0]} takes one")
+    return asked[0] if asked else "likelihood"
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raises UsageError for numbers that make no sense."""
+    multiple = 4 if args.estimator == "pairs" else 2
+    if args.num_draws < multiple or args.num_draws % multiple:
+        raise UsageError(f"--num_draws={args.num_draws}: must be a multiple of {multiple} for this estimator (two "
+                         "independent halves give the standard error)")
+    mode_of(args)
+    _steps(args)
+    for name in ("batch_size", "max_rows", "tokens_per_step", "generate", "length"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name}={value}: must be at least 1")
 
 
-def evaluate_checkpoint(inference: Any, args: argparse.Namespace, runtime: Any) -> dict[str, Any]:
-    """The report: nelbo (nats/token, an upper bound), its standard errors, ppl, bits per byte. Collective."""
-    from dlm_scale.data.loader import ValidationData, require_same_tokenizer
-    from dlm_scale.diffusion.likelihood import bits_per_byte, perplexity
-    from dlm_scale.engine.evaluation import evaluate
+def _steps(args: argparse.Namespace) -> list[int]:
+    try:
+        steps = [int(word) for word in args.steps.split(",")]
+    except ValueError:
+        steps = [-1]
+    if min(steps) < 0:
+        raise UsageError(f"--steps={args.steps}: whole numbers, 0 or more, as in 8,16,32")
+    return steps
 
-    prefix = args.data or inference.config.data.validation
+
+def load(path: str, args: argparse.Namespace, runtime: Any) -> Any:
+    """The checkpoint with the weights that --weights names."""
+    from dlm_scale.inference import load_for_inference
+
+    inference = load_for_inference(path, runtime.device.type, use_ema=args.weights != "raw")
+    if args.weights == "ema" and inference.weights != "ema":
+        raise UsageError(f"--weights=ema: {path} holds no averaged weights (train.ema_decay was 0)")
+    return inference
+
+
+def evaluate_likelihood(args: argparse.Namespace, runtime: Any) -> dict[str, Any]:
+    """The likelihood of the data set, of one checkpoint or two. Collective."""
+    from dlm_scale.data.loader import ValidationData, require_same_tokenizer
+    from dlm_scale.evaluation.likelihoods import LikelihoodOptions, evaluate_checkpoints
+
+    inferences = [load(path, args, runtime) for path in filter(None, (args.checkpoint, args.other))]
+    first = inferences[0]
+    prefix = args.data or first.config.data.validation
     if prefix is None:
         raise UsageError(f"--data is needed: the run of {args.checkpoint} had no validation set")
-    data = ValidationData(prefix, inference.seq_len, args.max_rows or 0)
-    require_same_tokenizer(inference.tokenizer_meta, data.meta, args.checkpoint, prefix)
-    progress = _Progress(data.num_rows, args.batch_size, runtime)
-    estimate = evaluate(inference.model, data, inference.vocabulary.mask_id, args.batch_size, args.num_draws,
-                        runtime.mesh, runtime.device, seed=args.seed, on_batch=progress)
-    num_bytes = estimate.tokens * data.bytes_per_token if data.bytes_per_token else None
-    return {
-        "nelbo": estimate.nelbo,
-        "nelbo_se": _finite(estimate.nelbo_se),
-        "nelbo_se_mc": estimate.nelbo_se_mc,
-        "ppl": perplexity(estimate.nelbo),
-        "tokens": estimate.tokens,
-        "bits_per_byte": bits_per_byte(estimate.nelbo, estimate.tokens, num_bytes) if num_bytes else None,
-        "bits_per_byte_se": bits_per_byte(_finite(estimate.nelbo_se) or 0.0, estimate.tokens, num_bytes)
-        if num_bytes else None,
-        "rows": estimate.rows,
-        "ce_by_mask_ratio": list(estimate.ce_by_mask_ratio),
-        "step": inference.step,
-        "weights": "ema" if inference.weights == "ema" else "raw",
-        "num_draws": args.num_draws,
-        "seed": args.seed,
-    }
+    data = ValidationData(prefix, first.seq_len, args.max_rows or 0)
+    require_same_tokenizer(first.tokenizer_meta, data.meta, args.checkpoint, prefix)
+    options = LikelihoodOptions(args.likelihood, args.estimator, args.num_draws, args.batch_size, args.seed, args.order,
+                                args.tokens_per_step)
+    return evaluate_checkpoints(inferences, data, options, runtime)
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def evaluate_text(args: argparse.Namespace, runtime: Any) -> dict[str, Any]:
+    """Samples of a file, or made now, under a judge, beside held-out text under the same judge."""
+    from dlm_scale.evaluation.generative import make_samples, read_samples, text_report
+
+    inference, judge = _load_with_judge(args, runtime)
+    if args.samples is not None:
+        samples, made = read_samples(args.samples, inference.tokenizer), {}
+    else:
+        check_samplers([args.sampler], inference)
+        options = _sampling_options(args, inference, args.sampler, _steps(args)[0])
+        samples, made = make_samples(inference, options), {"sampler": args.sampler, "steps": options.steps}
+    return made | text_report(samples, judge) | {"reference": _reference(args, inference, judge, len(samples))}
 
 
-class _Progress:
-    """A counting line on stderr where that is a terminal."""
+def evaluate_sweep(args: argparse.Namespace, runtime: Any) -> dict[str, Any]:
+    """Quality against passes for several samplers; writes OUT.json and OUT.png."""
+    from dlm_scale.evaluation.generative import sweep, text_line, write_sweep
 
-    def __init__(self, num_rows: int, batch_size: int, runtime: Any):
-        self.total = -(-num_rows // batch_size // runtime.mesh.data_size)
-        self.shown = runtime.is_first and sys.stderr.isatty()
+    out = Path(args.out)
+    if not out.resolve().parent.is_dir():
+        raise UsageError(f"--out={args.out}: its folder does not exist; make it first")
+    inference, judge = _load_with_judge(args, runtime)
+    samplers = args.sweep.split(",")
+    check_samplers(samplers, inference)
+    options = _sampling_options(args, inference, samplers[0], 0)
+    say = (lambda text: None) if args.json else print
+    reference = _reference(args, inference, judge, options.num_samples)
+    if reference is not None:
+        say("held-out text: " + text_line(reference))
+    points = list(sweep(inference, judge, samplers, _steps(args), options, say))
+    document = {"points": points, "reference": reference, "step": inference.step, "weights": inference.weights,
+                "seed": args.seed, "length": options.length, "png": str(out.with_suffix(".png")),
+                "json": str(out.with_suffix(".json"))}
+    write_sweep(out, document)
+    return document
 
-    def __call__(self, done: int) -> None:
-        if self.shown:
-            end = "\n" if done >= self.total else ""
-            print(f"\revaluating: batch {done} of {self.total}", end=end, file=sys.stderr)
+
+def check_samplers(names: list[str], inference: Any) -> None:
+    """UsageError for a sampler that does not exist."""
+    from dlm_scale.evaluation.generative import LEFT_TO_RIGHT
+    from dlm_scale.sampling import SAMPLERS
+
+    known = [LEFT_TO_RIGHT] if inference.is_autoregressive else list(SAMPLERS)
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise UsageError(f"sampler {name!r} is none for this checkpoint"
+                             + (f"; did you mean {near[0]!r}?" if near else f"; choose of: {', '.join(known)}"))
 
 
-def _print(report: dict[str, Any], as_json: bool) -> None:
-    if not as_json:
-        se = report["nelbo_se"]
-        print(f"NELBO <= {report['nelbo']:.4f} nats/token (95 % interval +- {1.96 * (se or 0):.4f}, Monte-Carlo part "
-              f"{1.96 * report['nelbo_se_mc']:.4f}); perplexity <= {report['ppl']:.3f}; "
-              f"{report['tokens']:,} tokens, step {report['step']}, {report['weights']} weights")
-        if report["bits_per_byte"] is not None:
-            print(f"bits per byte <= {report['bits_per_byte']:.4f}, standard error {report['bits_per_byte_se']:.4f}")
-    print(json.dumps(report))
+def _load_with_judge(args: argparse.Namespace, runtime: Any) -> tuple[Any, Any]:
+    from dlm_scale.evaluation.judges import NGRAM, causal_judge, ngram_judge, rows_for_judge
+
+    if runtime.mesh.world_size > 1:
+        raise UsageError("generated text is judged in one process: start `dlm evaluate` without a launcher")
+    inference = load(args.checkpoint, args, runtime)
+    if inference.tokenizer is None:
+        raise UsageError(f"{args.checkpoint} was trained on synthetic tokens: it has no tokenizer, so no text to judge")
+    if args.judge != NGRAM:
+        return inference, causal_judge(args.judge, str(runtime.device))
+    return inference, ngram_judge(rows_for_judge(args.judge_text, inference), inference.vocabulary.size)
+
+
+def _sampling_options(args: argparse.Namespace, inference: Any, sampler: str, steps: int) -> Any:
+    from dlm_scale.evaluation.generative import SamplingOptions
+
+    length = args.length or inference.seq_len
+    if length > inference.seq_len:
+        raise UsageError(f"--length={length} is beyond the checkpoint's context of {inference.seq_len} tokens")
+    return SamplingOptions(sampler, steps, args.generate or 32, length, args.seed, args.temperature, args.top_p,
+                           args.batch_size)
+
+
+def _reference(args: argparse.Namespace, inference: Any, judge: Any, num_rows: int) -> dict[str, Any] | None:
+    """The same figures of held-out text, None where the checkpoint's validation set is not here."""
+    from dlm_scale.data.loader import ValidationData
+    from dlm_scale.evaluation.generative import reference_samples, text_report
+
+    prefix = args.data or inference.config.data.validation
+    if args.data is None and (prefix is None or not Path(f"{prefix}.bin").is_file()):
+        print("dlm evaluate: no held-out text to compare with: name one with --data", file=sys.stderr)
+        return None
+    data = ValidationData(prefix, args.length or inference.seq_len, num_rows)
+    return text_report(reference_samples(data, inference.tokenizer, num_rows), judge)
+
+
+def evaluate_suite(args: argparse.Namespace, runtime: Any) -> dict[str, Any]:
+    """The likelihood of each set of the zero-shot suite. Collective."""
+    from dlm_scale.evaluation.likelihoods import LikelihoodOptions
+    from dlm_scale.evaluation.suite import evaluate_sets
+
+    inference = load(args.checkpoint, args, runtime)
+    options = LikelihoodOptions(args.likelihood, args.estimator, args.num_draws, args.batch_size, args.seed, args.order,
+                                args.tokens_per_step)
+    return evaluate_sets(inference, args.sets, args.source, args.max_rows or 0, options, runtime)
+
+
+def sweep_text(report: dict[str, Any]) -> str:
+    return f"{len(report['points'])} points: {report['png']}, {report['json']}"
+
+
+def text_text(report: dict[str, Any]) -> str:
+    from dlm_scale.evaluation.generative import text_line
+
+    lines = [text_line(report)]
+    if report["reference"] is not None:
+        lines.append("held-out text: " + text_line(report["reference"]))
+    return "\n".join(lines)
+
+
+def suite_text(report: dict[str, Any]) -> str:
+    return "\n".join(f"{name:<12} {likelihood_text(found)}" for name, found in report["sets"].items())
+
+
+def comparison_text(report: dict[str, Any]) -> str:
+    """One or two checkpoints, and their difference."""
+    lines = [likelihood_text(report)]
+    if "difference" in report:
+        found = report["difference"]
+        between = "one row has no interval" if found["interval"] is None else (
+            "95 % interval {:+.4f} to {:+.4f}".format(*found["interval"]))
+        lines += [likelihood_text(report["other"]), f"difference, first minus second: {found['nelbo']:+.4f} nats/token "
+                  f"({between}, paired by row)"]
+    return "\n".join(lines)
+
+
+def likelihood_text(report: dict[str, Any]) -> str:
+    """One checkpoint's figures. `<=` marks a bound."""
+    sign, name = ("<=", "NELBO") if report["likelihood"] == "nelbo" else ("=", f"NLL ({report['likelihood']})")
+    width, width_mc = (1.96 * (report[key] or 0.0) for key in ("nelbo_se", "nelbo_se_mc"))
+    text = (f"{name} {sign} {report['nelbo']:.4f} nats/token (95 % interval +- {width:.4f}, Monte-Carlo part "
+            f"{width_mc:.4f}); perplexity {sign} {report['ppl']:.3f}; {report['tokens']:,} tokens, step "
+            f"{report['step']}, {report['weights']} weights")
+    if report["bits_per_byte"] is None:
+        return text
+    return (f"{text}\nbits per byte {sign} {report['bits_per_byte']:.4f}, standard error "
+            f"{report['bits_per_byte_se']:.4f}")
+
+
+MODES = {  # what is computed, and its lines to read
+    "likelihood": (evaluate_likelihood, comparison_text),
+    "samples": (evaluate_text, text_text),
+    "generate": (evaluate_text, text_text),
+    "sweep": (evaluate_sweep, sweep_text),
+    "suite": (evaluate_suite, suite_text),
+}
 
 
 if __name__ == "__main__":

@@ -38,14 +38,26 @@ class Inference:
     default_num_steps = 128
     default_sampler = "ancestral"
 
+    @property
+    def is_autoregressive(self) -> bool:
+        return self.config.objective.kind == "autoregressive"
+
     def predict(self, x_BL, rows_N, attention=None, cache=None):
-        """Log-probabilities [N, V] float32 of the clean ids at flat positions (docs/design.md, signature 3)."""
+        """Log-probabilities [N, V] float32 of the clean ids at flat positions (docs/design.md, signature 3).
+
+        Raises UsageError where an autoregressive checkpoint is asked for a position behind a mask.
+        """
         import torch
 
         from dlm_scale.ops import segment_means
 
         x_BL, rows_N = x_BL.to(self.device), rows_N.to(self.device)
-        m_B = segment_means((x_BL == self.vocabulary.mask_id).float(), attention)
+        is_masked_BL = x_BL == self.vocabulary.mask_id
+        m_B = segment_means(is_masked_BL.float(), attention)
+        if self.is_autoregressive:
+            if cache is not None:
+                raise UsageError("kept keys and values are for masked checkpoints, and this one is autoregressive")
+            x_BL, attention = self._left_context(x_BL, rows_N, is_masked_BL, attention)
         with torch.no_grad():
             return self.model(
                 x_BL, m_B=m_B, rows_N=rows_N, readout=lambda head: head.log_probs(), attention=attention, cache=cache
@@ -66,6 +78,16 @@ class Inference:
         from dlm_scale.sampling.texts import stream_text
 
         return stream_text(self, prompt, range(num_samples), is_infill, options)
+
+    def _left_context(self, x_BL, rows_N, is_masked_BL, attention):
+        from dlm_scale.diffusion.autoregressive import moved_right
+        from dlm_scale.ops import Causal
+
+        num_masked_before_BL = is_masked_BL.cumsum(1) - is_masked_BL.long()
+        if attention is not None or bool((num_masked_before_BL.flatten()[rows_N] > 0).any()):
+            raise UsageError(f"{self.checkpoint.path} is autoregressive: it predicts a token from all those before it, so "
+                             "it can only fill from left to right; give it a sampler that does, or a masked checkpoint")
+        return moved_right(x_BL, self.vocabulary.mask_id), Causal()
 
 
 def load_for_inference(

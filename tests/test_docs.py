@@ -128,6 +128,8 @@ def check_command(words: list[str]) -> None:
             raise UsageError(f"the Makefile lacks one of {rest}")
     elif words[:2] == ["python", "tools/prepare_data.py"]:
         check_dlm("prepare", rest[1:])
+    elif words[:3] == ["python", "-m", "dlm_scale.lm_eval_model"]:
+        pass  # its flags are the harness's
     elif program not in ("source", "curl", "printf"):
         raise UsageError(f"{program} is no command that these documents use")
 
@@ -237,6 +239,17 @@ def test_the_guide_to_training_runs(sandbox):
 
 
 @pytest.mark.timeout(2 * BLOCK_SECONDS)
+def test_the_guide_to_evaluation_runs(sandbox):
+    sandbox.run("docs/evaluation.md")
+    lines = [json.loads(line) for line in "".join(sandbox.outputs[-3:]).splitlines() if line.startswith("{")]
+    guide = words_of(DOCUMENTS["docs/evaluation.md"])
+    assert len(lines) == 8 and all(set(line) <= guide | {"png", "json", "points", "sampler", "steps", "judge", "length"}
+                                   for line in lines)
+    assert lines[1]["difference"]["nelbo"] == 0 and lines[5]["other"]["likelihood"] == "exact"
+    assert (sandbox.folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.timeout(2 * BLOCK_SECONDS)
 def test_the_guide_to_sampling_runs(sandbox):
     sandbox.run("docs/sampling.md")
     pictures, batches, python = sandbox.outputs[-3:]
@@ -251,7 +264,7 @@ def test_the_guide_to_sampling_runs(sandbox):
 
 def test_only_documents_that_a_test_runs_ask_to_be_run():
     running = {block.document for block in BASH if block.directive == RUN}
-    assert running == {"README.md", "docs/data.md", "docs/training.md", "docs/sampling.md"}
+    assert running == {"README.md", "docs/data.md", "docs/training.md", "docs/sampling.md", "docs/evaluation.md"}
 
 
 def section(document: str, heading: str) -> str:
@@ -312,6 +325,8 @@ def test_every_key_and_every_flag_of_sampling_is_explained():
     described = set(re.findall(r"`(--?\w+)`", DOCUMENTS["docs/sampling.md"]))
     batch = {flag for action in cli._actions(sample_batch_parser()) for flag in action.option_strings}
     assert (options_of("sample") | batch) - {"-h", "--help"} <= described
+    described = set(re.findall(r"`(--?\w+)", DOCUMENTS["docs/evaluation.md"]))
+    assert options_of("evaluate") - {"-h", "--help"} <= described
 
 
 def known_keys_in_documented_order() -> list[str]:

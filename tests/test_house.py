@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "dlm_scale"
 BASE = {"errors"}
 MAINS = {
-    "cli", "prepare", "train", "sample", "sample_batch", "evaluate", "inference", "doctor", "quickstart", "plots", "plan"
+    "cli", "prepare", "train", "sample", "sample_batch", "evaluate", "inference", "doctor", "quickstart", "plots", "plan",
+    "lm_eval_model",
 }
 ALLOWED = {  # room -> the rooms it may import, beside itself
     "__init__": set(),
@@ -31,6 +32,8 @@ ALLOWED = {  # room -> the rooms it may import, beside itself
     "hub": BASE | {"model", "sampling"},
     "engine": BASE
     | {"config", "diffusion", "data", "kernels", "ops", "parallel", "model", "sampling", "checkpoint", "plots"},
+    "evaluation": BASE
+    | {"config", "diffusion", "data", "ops", "parallel", "model", "sampling", "checkpoint", "plots", "engine"},
 }
 EXTERNAL = {  # rooms whose outside imports are limited, beside the standard library
     "errors": set(),

@@ -31,8 +31,8 @@ class Corrupted:
     t_B float64 times; num_maskable_B int64.
     denominator: maskable positions of the GLOBAL batch, so that the loss is sum(weight * ce) / denominator; None where
     one rank does not know them (the train step then sums them over the ranks).
-    attention: the mask value that the network needs, with `cu_seqlens` int32 [S+1] and `to(device)`; None: every
-    position of a row sees every other.
+    attention: the mask value that the network needs; where documents are packed it has `cu_seqlens` int32 [S+1] and
+    `to(device)`. None: every position of a row sees every other.
     """
 
     xt_BL: torch.Tensor
@@ -49,11 +49,16 @@ class Corrupted:
     attention: Any = None
 
     @property
+    def bounds_S1(self) -> torch.Tensor | None:
+        """Bounds of the segments where documents are packed, int32; None: the rows are the segments."""
+        return getattr(self.attention, "cu_seqlens", None)
+
+    @property
     def segment_N(self) -> torch.Tensor:
         """int64: the segment that each masked position belongs to."""
-        if self.attention is None:
+        if self.bounds_S1 is None:
             return self.rows_N // self.xt_BL.shape[1]
-        return torch.bucketize(self.rows_N, self.attention.cu_seqlens[1:], right=True)
+        return torch.bucketize(self.rows_N, self.bounds_S1[1:], right=True)
 
     def to(self, device, non_blocking: bool = False) -> "Corrupted":
         return self._each(lambda value: value.to(device, non_blocking=non_blocking))

@@ -1,48 +1,41 @@
-"""NELBO of held-out rows by the stratified exact-count estimator, with its standard errors.
+"""Likelihood of held-out rows: the NELBO with its standard errors, differences of two models, and exact likelihoods.
 
-For a row of L maskable tokens and l uniform on 1..L, mask a uniform subset of size l: (L/l) times the sum of the
-masked cross-entropies has the row's NELBO (an upper bound of -log p(row), nats) as its mean (LLaDA, arXiv 2502.09992,
-eq. 14; any-order view: 2110.02037). A row gets two independent replicates, each K/2 draws with l stratified over 1..L,
-so that half their difference gives the Monte-Carlo variance without bias. Masks are a function of (seed, row index,
-draw) alone: two checkpoints are compared on the same masks, and no split of the rows changes a number.
+The NELBO bounds -log p(row) from above, in nats. A row gets K masked looks (draws.py says which and with what weights),
+in two independent replicates whose half difference gives the Monte-Carlo variance without bias. Masks are a function of
+(seed, row index, draw) alone: two checkpoints are compared on the same masks, and no split of the rows changes a number.
+Samplers whose order of positions is a function of the state have a likelihood that needs no bound: `ordered_nll`,
+`duel_nll`, `left_to_right_nll`.
 
-Legend: R rows of the data set, B rows of a batch, K draws (the first K/2 are replicate 0), N masked positions.
+Legend: R rows of the data set, B rows of a batch, L positions, K draws (the first K/2 are replicate 0), N masked
+positions of the flattened batch.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from dlm_scale.diffusion.corruption import (
-    Corrupted,
-    assemble,
-    clean_rows,
-    exact_count,
-    replace,
-    row_words,
-    smallest_words,
-)
-from dlm_scale.diffusion.rng import Stream, counter_of, philox, uniform53
-from dlm_scale.diffusion.segments import row_bounds
-from dlm_scale.diffusion.timestep import wrap_time
+from dlm_scale.diffusion.corruption import Corrupted
+from dlm_scale.diffusion.draws import evaluation_draws
 
 NUM_BINS = 10
-_NO_COLUMN = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
 class RowSums:
-    """What the estimate needs of each row; numpy arrays, so that they can be gathered over ranks.
+    """What an estimate needs of each row; numpy arrays, so that they can be gathered over ranks.
 
-    row_index_R int64; weighted_ce_RK float64: (L/l) * sum of the masked cross-entropies of each draw, nats;
-    num_masked_RK int64: l; num_maskable_R int64: L.
+    row_index_R int64; weighted_ce_RK float64: weight * sum of the masked cross-entropies of each draw, nats, whose mean
+    over a replicate's draws is the row's estimate; ce_RK float64: the sums without weights; num_masked_RK int64;
+    num_maskable_R int64: L.
     """
 
     row_index_R: np.ndarray
     weighted_ce_RK: np.ndarray
+    ce_RK: np.ndarray
     num_masked_RK: np.ndarray
     num_maskable_R: np.ndarray
 
@@ -65,39 +58,8 @@ class NelboEstimate:
     num_by_mask_ratio: tuple[int, ...]
 
 
-def evaluation_draws(
-    x0_BL, row_index_B: np.ndarray, *, seed: int, num_draws: int, mask_id: int, maskable_BL=None
-) -> Iterator[Corrupted]:
-    """One `Corrupted` a draw, with weights L/l and denominator 1. row_index_B: indices in the whole data set.
-
-    Random words: Philox(seed; row low, high, column, EVAL + 256 * draw); the offset of a replicate's strata has no
-    column (2**32 - 1) and the replicate in place of the draw. Raises ValueError unless num_draws is even and >= 2.
-    """
-    if num_draws < 2 or num_draws % 2:
-        raise ValueError(f"num_draws must be even and at least 2, got {num_draws}")
-    rows = clean_rows(x0_BL, row_index_B, maskable_BL, mask_id)
-    for draw in range(num_draws):
-        yield _evaluation_draw(*rows, seed, draw, num_draws // 2, mask_id)
-
-
-def _evaluation_draw(x0_BL, row_index_B, maskable_BL, seed, draw, draws_per_replicate, mask_id) -> Corrupted:
-    replicate, stratum = divmod(draw, draws_per_replicate)
-    w0_B, w1_B, _, _ = philox(seed, *counter_of(row_index_B), _NO_COLUMN, Stream.EVAL + 256 * replicate)
-    t_B = wrap_time(uniform53(w0_B, w1_B) + stratum / draws_per_replicate)
-    word_BL = row_words(seed, row_index_B, x0_BL.shape[1], Stream.EVAL + 256 * draw)
-    length_B = maskable_BL.sum(1)
-    count_B = exact_count(t_B, length_B)
-    is_masked_BL = smallest_words(word_BL, maskable_BL, count_B)
-    weight_B, m_B = length_B / np.maximum(count_B, 1), count_B / np.maximum(length_B, 1)
-    weight_B = torch.from_numpy(weight_B)
-    return assemble(
-        replace(x0_BL, is_masked_BL, row_bounds(*x0_BL.shape), mask_id), weight_S=weight_B, elbo_weight_S=weight_B,
-        m_S=m_B, t_S=t_B, num_maskable_S=length_B, denominator=1.0,
-    )  # fmt: skip
-
-
 def row_sums(
-    ce_fn: Callable[[Corrupted], torch.Tensor],
+    ce_fn: Callable[[Corrupted], Tensor],
     x0_BL,
     row_index_B: np.ndarray,
     *,
@@ -105,16 +67,34 @@ def row_sums(
     num_draws: int,
     mask_id: int,
     maskable_BL=None,
+    estimator: str = "exact",
 ) -> RowSums:
     """Runs `ce_fn(corrupted) -> ce_N` (nats, on any device) over all draws of one batch of rows."""
-    row_index_B, sums_KB, masked_KB = np.asarray(row_index_B), [], []
-    options = dict(seed=seed, num_draws=num_draws, mask_id=mask_id, maskable_BL=maskable_BL)
-    for corrupted in evaluation_draws(x0_BL, row_index_B, **options):
-        weighted_N = corrupted.weight_N.double() * ce_fn(corrupted).detach().double().cpu()
-        row_of_N = (corrupted.rows_N // corrupted.xt_BL.shape[1]).numpy()
-        sums_KB.append(np.bincount(row_of_N, weights=weighted_N.numpy(), minlength=row_index_B.size))
-        masked_KB.append(np.bincount(row_of_N, minlength=row_index_B.size))
-    return RowSums(row_index_B, np.stack(sums_KB, 1), np.stack(masked_KB, 1), corrupted.num_maskable_B.numpy())
+    row_index_B = np.asarray(row_index_B)
+    options = dict(seed=seed, num_draws=num_draws, mask_id=mask_id, maskable_BL=maskable_BL, estimator=estimator)
+    draws = evaluation_draws(x0_BL, row_index_B, **options)
+    return sums_of_draws(ce_fn, row_index_B, draws)
+
+
+def sums_of_draws(ce_fn: Callable[[Corrupted], Tensor], row_index_B: np.ndarray, draws: Iterable[Corrupted]) -> RowSums:
+    """The sums of rows that `draws` look at, one `Corrupted` a draw."""
+    weighted_KB, ce_KB, masked_KB = [], [], []
+    for corrupted in draws:
+        ce_N = ce_fn(corrupted).detach().double().cpu()
+        row_N = (corrupted.rows_N // corrupted.xt_BL.shape[1]).numpy()
+        totals = [np.bincount(row_N, values_N.numpy(), row_index_B.size)
+                  for values_N in (corrupted.weight_N.double() * ce_N, ce_N, torch.ones_like(ce_N))]
+        for kept, total_B in zip((weighted_KB, ce_KB, masked_KB), totals):
+            kept.append(total_B)
+    return RowSums(row_index_B, np.stack(weighted_KB, 1), np.stack(ce_KB, 1), np.stack(masked_KB, 1).astype(np.int64),
+                   corrupted.num_maskable_B.numpy())  # fmt: skip
+
+
+def exact_sums(row_index_B: np.ndarray, nll_B: np.ndarray, num_maskable_B: np.ndarray) -> RowSums:
+    """Sums of rows whose negative log-likelihood, nats, is known: both replicates are it."""
+    nothing_B2 = np.zeros((row_index_B.size, 2))
+    twice_B2 = np.repeat(np.asarray(nll_B, np.float64)[:, None], 2, axis=1)
+    return RowSums(row_index_B, twice_B2, nothing_B2, nothing_B2.astype(np.int64), num_maskable_B)
 
 
 def summarise(parts: Iterable[RowSums]) -> NelboEstimate:
@@ -127,8 +107,7 @@ def summarise(parts: Iterable[RowSums]) -> NelboEstimate:
     tokens, num_rows = int(rows.num_maskable_R.sum()), rows.row_index_R.size
     if tokens == 0:
         raise ValueError("no row has a maskable token: nothing to estimate")
-    half = rows.weighted_ce_RK.shape[1] // 2
-    a_R, b_R = rows.weighted_ce_RK[:, :half].mean(1), rows.weighted_ce_RK[:, half:].mean(1)
+    a_R, b_R = _replicates(rows).weighted_ce_RK.T
     nelbo = float((a_R + b_R).sum() / 2 / tokens)
     residual_R = (a_R + b_R) / 2 - nelbo * rows.num_maskable_R
     variance_rows = num_rows / (num_rows - 1) * float((residual_R**2).sum()) if num_rows > 1 else math.nan
@@ -139,30 +118,48 @@ def summarise(parts: Iterable[RowSums]) -> NelboEstimate:
     )
 
 
+def difference(parts: Iterable[RowSums], other_parts: Iterable[RowSums]) -> NelboEstimate:
+    """The first model's estimate minus the second's, with the standard errors of the difference: the rows (and, with
+    one seed, the masks) are the same, so what is common to both models cancels.
+
+    Raises ValueError unless both looked at the same rows.
+    """
+    one, other = (_replicates(_merge(list(side))) for side in (parts, other_parts))
+    if not all(np.array_equal(getattr(one, c), getattr(other, c)) for c in ("row_index_R", "num_maskable_R")):
+        raise ValueError("a difference needs the same rows on both sides")
+    return summarise([replace(one, weighted_ce_RK=one.weighted_ce_RK - other.weighted_ce_RK)])
+
+
+def _replicates(rows: RowSums) -> RowSums:
+    """The two replicates' estimates in place of their draws; without a curve over the mask ratio."""
+    two_R2 = np.stack([half_RK.mean(1) for half_RK in np.split(rows.weighted_ce_RK, 2, axis=1)], axis=1)
+    return replace(rows, weighted_ce_RK=two_R2, ce_RK=0 * two_R2, num_masked_RK=np.zeros(two_R2.shape, np.int64))
+
+
 def _merge(parts: list[RowSums]) -> RowSums:
     index_R = np.concatenate([p.row_index_R for p in parts])
     order = np.argsort(index_R, kind="stable")
     order = order[index_R[order] >= 0]
     if np.any(np.diff(index_R[order]) == 0):
         raise ValueError("a row was evaluated twice")
-    columns = ("row_index_R", "weighted_ce_RK", "num_masked_RK", "num_maskable_R")
+    columns = ("row_index_R", "weighted_ce_RK", "ce_RK", "num_masked_RK", "num_maskable_R")
     return RowSums(*(np.concatenate([getattr(p, c) for p in parts])[order] for c in columns))
 
 
 def _ce_curve(rows: RowSums) -> tuple[tuple[float | None, ...], tuple[int, ...]]:
     masked_RK, length_R1 = rows.num_masked_RK, np.maximum(rows.num_maskable_R, 1)[:, None]
     bin_RK = np.maximum(NUM_BINS * masked_RK - 1, 0) // length_R1
-    ce_RK = rows.weighted_ce_RK * masked_RK / length_R1
     num = np.bincount(bin_RK.ravel(), weights=masked_RK.ravel(), minlength=NUM_BINS)
-    total = np.bincount(bin_RK.ravel(), weights=ce_RK.ravel(), minlength=NUM_BINS)
+    total = np.bincount(bin_RK.ravel(), weights=rows.ce_RK.ravel(), minlength=NUM_BINS)
     return tuple(float(t / n) if n else None for t, n in zip(total, num)), tuple(int(n) for n in num)
 
 
 def estimate_nelbo(
-    ce_fn: Callable[[Corrupted], torch.Tensor], batches: Iterable, *, seed: int, num_draws: int, mask_id: int
+    ce_fn: Callable[[Corrupted], Tensor], batches: Iterable, *, seed: int, num_draws: int, mask_id: int,
+    estimator: str = "exact",
 ) -> NelboEstimate:
     """NELBO over `batches` of (x0_BL, row_index_B, maskable_BL or None) in one process."""
-    options = dict(seed=seed, num_draws=num_draws, mask_id=mask_id)
+    options = dict(seed=seed, num_draws=num_draws, mask_id=mask_id, estimator=estimator)
     return summarise(row_sums(ce_fn, x0, index, maskable_BL=maskable, **options) for x0, index, maskable in batches)
 
 
@@ -174,3 +171,72 @@ def bits_per_byte(nelbo: float, tokens: int, num_bytes: int) -> float:
 def perplexity(nelbo: float) -> float:
     """exp(nats per token), infinite where float64 overflows. An upper bound, as the NELBO is."""
     return math.exp(nelbo) if nelbo < 709 else math.inf
+
+
+def ordered_nll(predict: Callable, x0_BL: Tensor, rank_BL: Tensor, *, mask_id: int, tokens_per_step: int = 1) -> Tensor:
+    """float64 [B] nats: exact -log p of the sampler that fills positions in a given order, `tokens_per_step` a pass.
+
+    predict(x_BL, rows_N) -> log_probs_NV of flat positions. rank_BL int64: in each row the places 0, 1, ... of its open
+    positions in the order, -1 where the clean id is given (a prompt). The passes are teacher-forced.
+    """
+    step_BL = torch.where(rank_BL < 0, -1, rank_BL // tokens_per_step)
+    nll_B = torch.zeros(len(x0_BL), dtype=torch.float64, device=x0_BL.device)
+    for step in range(int(step_BL.max()) + 1):
+        now_BL = step_BL == step
+        nll_B += _cost(predict, x0_BL, step_BL >= step, now_BL, mask_id, lambda log_probs_NV, now: now)[0]
+    return nll_B
+
+
+def left_to_right_nll(predict: Callable, x0_BL: Tensor, *, mask_id: int, maskable_BL: Tensor | None = None) -> Tensor:
+    """float64 [B] nats: exact -log p of filling one position a pass from the left; one pass a maskable position."""
+    maskable_BL = torch.ones_like(x0_BL, dtype=torch.bool) if maskable_BL is None else maskable_BL
+    rank_BL = torch.where(maskable_BL, maskable_BL.cumsum(1) - 1, -1)
+    return ordered_nll(predict, x0_BL, rank_BL, mask_id=mask_id)
+
+
+def duel_nll(
+    predict: Callable,
+    x0_BL: Tensor,
+    *,
+    score: Callable[[Tensor], Tensor],
+    mask_id: int,
+    tokens_per_step: int = 1,
+    extent: Callable[[Tensor], Tensor] | None = None,
+    maskable_BL: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(nll_B float64 nats, nfe_B passes): exact -log p of the sampler whose order is a function of the state alone.
+
+    Each pass reveals the `tokens_per_step` masked positions of largest score(log_probs_NV) -> [N], ties to the left;
+    extent(sorted scores [B, L], -inf beyond) -> [B] may ask for more. The order never sees a drawn token, so p(x) is the
+    product over the passes of the revealed tokens' probabilities, given x itself so far (DUEL, arXiv 2603.01367).
+    """
+    masked_BL = torch.ones_like(x0_BL, dtype=torch.bool) if maskable_BL is None else maskable_BL.clone()
+    nll_B = torch.zeros(len(x0_BL), dtype=torch.float64, device=x0_BL.device)
+    nfe_B = torch.zeros_like(x0_BL[:, 0])
+
+    def choose(log_probs_NV: Tensor, ask_BL: Tensor) -> Tensor:
+        scores_N = score(log_probs_NV).double()
+        score_BL = torch.full(ask_BL.shape, -torch.inf, dtype=torch.float64, device=ask_BL.device)
+        sorted_BL, order_BL = score_BL.masked_scatter(ask_BL, scores_N).sort(dim=1, descending=True, stable=True)
+        count_B = torch.full_like(nfe_B, tokens_per_step)
+        if extent is not None:
+            count_B = torch.maximum(count_B, extent(sorted_BL))
+        is_best_BL = torch.arange(order_BL.shape[1], device=order_BL.device) < count_B[:, None]
+        return torch.zeros_like(ask_BL).scatter(1, order_BL, is_best_BL) & ask_BL
+
+    while bool(masked_BL.any()):
+        nfe_B += masked_BL.any(1)
+        cost_B, chosen_BL = _cost(predict, x0_BL, masked_BL, masked_BL, mask_id, choose)
+        nll_B += cost_B
+        masked_BL &= ~chosen_BL
+    return nll_B, nfe_B
+
+
+def _cost(predict, x0_BL, masked_BL, ask_BL, mask_id, choose) -> tuple[Tensor, Tensor]:
+    """One teacher-forced pass over all rows: (nats of what is chosen among `ask_BL` [B], what is chosen [B, L])."""
+    flat_N = ask_BL.flatten().nonzero()[:, 0]
+    log_probs_NV = predict(torch.where(masked_BL, mask_id, x0_BL), flat_N)
+    chosen_BL = choose(log_probs_NV, ask_BL)
+    ce_N = -log_probs_NV.gather(1, x0_BL.flatten()[flat_N, None])[:, 0].double()
+    ce_BL = torch.zeros(x0_BL.shape, dtype=torch.float64, device=x0_BL.device).masked_scatter(ask_BL, ce_N)
+    return torch.where(chosen_BL, ce_BL, 0.0).sum(1), chosen_BL

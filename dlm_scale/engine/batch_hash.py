@@ -26,9 +26,9 @@ def row_hashes(corrupted: Corrupted) -> np.ndarray:
 def _times(corrupted: Corrupted) -> list[np.ndarray]:
     """Of each row: its time, or its segments' times and where in the row they begin."""
     t_S, (num_rows, length) = corrupted.t_B.cpu().numpy(), corrupted.xt_BL.shape
-    if corrupted.attention is None:
+    if corrupted.bounds_S1 is None:
         return list(t_S)
-    start_S = corrupted.attention.cu_seqlens[:-1].cpu().numpy()
+    start_S = corrupted.bounds_S1[:-1].cpu().numpy()
     of_rows = np.searchsorted(start_S, np.arange(1, num_rows) * length)
     pairs = zip(np.split(t_S, of_rows), np.split(start_S % length, of_rows), strict=True)
     return [times if len(times) == 1 else np.concatenate([times, starts]) for times, starts in pairs]

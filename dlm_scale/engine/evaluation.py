@@ -1,15 +1,19 @@
-"""NELBO of the validation rows during training, spread over the data-parallel ranks."""
+"""Likelihood of a data set's rows, spread over the data-parallel ranks: during training and by `dlm evaluate`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from dlm_scale import ops
+from dlm_scale.diffusion.autoregressive import shifted
 from dlm_scale.diffusion.corruption import Corrupted
-from dlm_scale.diffusion.likelihood import NelboEstimate, RowSums, row_sums, summarise
+from dlm_scale.diffusion.draws import default_estimator
+from dlm_scale.diffusion.likelihood import NelboEstimate, RowSums, exact_sums, row_sums, sums_of_draws, summarise
 
 EVALUATION_SEED = 0  # fixed: all checkpoints of all runs are compared on the same masks
 
@@ -37,20 +41,51 @@ def _batches_of_rank(num_rows: int, batch_size: int, mesh: Any) -> list[np.ndarr
     return batches + [np.full(1, -1)] * (rounds - len(batches))
 
 
+SumsOfBatch = Callable[[np.ndarray, np.ndarray], RowSums]
+
+
+def nelbo_sums(ce_fn: Callable, mask_id: int, num_draws: int, seed: int = EVALUATION_SEED,
+               estimator: str | None = None) -> SumsOfBatch:
+    """The NELBO of masked diffusion; without a name, the estimator that suits `num_draws`."""
+    options = {"seed": seed, "num_draws": num_draws, "mask_id": mask_id,
+               "estimator": estimator or default_estimator(num_draws)}
+    return lambda x0_BL, row_index_B: row_sums(ce_fn, x0_BL, row_index_B, **options)
+
+
+def autoregressive_sums(ce_fn: Callable, mask_id: int) -> SumsOfBatch:
+    """The exact likelihood of the autoregressive twin, in one pass."""
+
+    def sums(x0_BL: np.ndarray, row_index_B: np.ndarray) -> RowSums:
+        options = {"mask_id": mask_id, "denominator": 1.0, "causal": ops.Causal()}
+        one = sums_of_draws(ce_fn, row_index_B, [shifted(x0_BL, row_index_B, **options)])
+        return exact_sums(row_index_B, one.weighted_ce_RK[:, 0], one.num_maskable_R)
+
+    return sums
+
+
 @torch.no_grad()
-def evaluate(module: Any, validation: Any, mask_id: int, batch_size: int, num_draws: int, mesh: Any, device,
-             seed: int = EVALUATION_SEED, on_batch=None) -> NelboEstimate:
-    """The estimate over all rows of `validation` (`num_rows`, `rows(indices)`). Collective over the data group."""
-    ce_fn = cross_entropy_fn(module, device)
-    module.eval()
+def dataset_sums(sums_of_batch: SumsOfBatch, validation: Any, batch_size: int, mesh: Any,
+                 on_batch: Callable[[int], None] | None = None) -> list[RowSums]:
+    """The sums of all rows of `validation` (`num_rows`, `rows(indices)`). Collective over the data group."""
     parts = []
     for index_B in _batches_of_rank(validation.num_rows, batch_size, mesh):
-        x0_BL = validation.rows(np.maximum(index_B, 0))
-        parts.append(row_sums(ce_fn, x0_BL, index_B, seed=seed, num_draws=num_draws, mask_id=mask_id))
+        parts.append(sums_of_batch(validation.rows(np.maximum(index_B, 0)), index_B))
         if on_batch:
             on_batch(len(parts))
+    return _gather(parts, mesh)
+
+
+def evaluate(module: Any, validation: Any, vocabulary: Any, kind: str, train: Any, mesh: Any, device: torch.device,
+             on_batch: Callable[[int], None] | None = None) -> NelboEstimate:
+    """The estimate over `validation` during training, by the run's settings. Collective over the data group."""
+    ce_fn = cross_entropy_fn(module, device)
+    masked = kind == "masked"
+    sums = (nelbo_sums(ce_fn, vocabulary.mask_id, train.eval_draws) if masked
+            else autoregressive_sums(ce_fn, vocabulary.mask_id))
+    module.eval()
+    parts = dataset_sums(sums, validation, train.micro_batch_size, mesh, on_batch)
     module.train()
-    return summarise(_gather(parts, mesh))
+    return summarise(parts)
 
 
 def _gather(parts: list[RowSums], mesh: Any) -> list[RowSums]:

@@ -178,9 +178,8 @@ def evaluation_record(trainer: Trainer, validation: Any, state: TrainState, watc
     if validation is None:
         return line | {"val_nelbo": None, "val_nelbo_se": None}
     train = trainer.config.train
-    estimate = evaluate(trainer.engine, validation, trainer.vocabulary.mask_id, train.micro_batch_size,
-                        train.eval_draws, trainer.runtime.mesh, trainer.runtime.device,
-                        on_batch=lambda _: watch.enter("evaluate"))
+    estimate = evaluate(trainer.engine, validation, trainer.vocabulary, trainer.config.objective.kind, train,
+                        trainer.runtime.mesh, trainer.runtime.device, on_batch=lambda _: watch.enter("evaluate"))
     return line | {
         "val_nelbo": estimate.nelbo,
         "val_nelbo_se": estimate.nelbo_se,

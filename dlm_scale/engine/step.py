@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from dlm_scale import ops
+from dlm_scale.diffusion.autoregressive import shifted
 from dlm_scale.diffusion.corruption import Corrupted, corrupt
 from dlm_scale.diffusion.objective import masked_diffusion
 from dlm_scale.diffusion.schedule import SCHEDULES
@@ -23,6 +24,7 @@ from dlm_scale.engine.muon import muon_update
 from dlm_scale.engine.optimizer import rate_factor
 from dlm_scale.engine.state import TrainState
 from dlm_scale.engine.state_access import inner_optimizer
+from dlm_scale.errors import UsageError
 
 SCALARS = ("loss_sum", "nelbo_sum", "ce_sum", "num_masked", "num_correct", "num_maskable")
 BINS = ("ce_sum_bins", "num_masked_bins")
@@ -71,6 +73,9 @@ def micro_batch(trainer: Trainer, data, sample_B: np.ndarray, t_B: np.ndarray) -
     rows = given if isinstance(given, Rows) else Rows(given, np.ones(given.shape, bool))
     if config.data.random_length_share:
         rows = cut_rows(rows, row_lengths(config.train.seed, sample_B, length, config.data.random_length_share))
+    denominator = float(config.train.global_batch_size * length) if is_whole else None
+    if config.objective.kind == "autoregressive":
+        return _next_token_batch(trainer, rows, sample_B, denominator)
     attention, t_S = None, t_B
     if rows.bounds_S1 is not None:
         attention = ops.Segments(torch.from_numpy(rows.bounds_S1))
@@ -83,11 +88,19 @@ def micro_batch(trainer: Trainer, data, sample_B: np.ndarray, t_B: np.ndarray) -
         schedule=SCHEDULES[config.diffusion.schedule],
         weighting=WEIGHTINGS[config.diffusion.weighting],
         mask_id=trainer.vocabulary.mask_id,
-        denominator=float(config.train.global_batch_size * length) if is_whole else None,
+        denominator=denominator,
         maskable_BL=rows.maskable_BL,
         attention=attention,
         mask_tokens=ops.masks_on(trainer.runtime.device),
     )
+
+
+def _next_token_batch(trainer: Trainer, rows: Rows, sample_B: np.ndarray, denominator: float | None) -> Corrupted:
+    if rows.bounds_S1 is not None:
+        raise UsageError("objective.kind=autoregressive: documents packed into rows need attention that is causal "
+                         "within each of them, which is not there yet; prepare or read the data without packing")
+    return shifted(rows.ids_BL, sample_B, mask_id=trainer.vocabulary.mask_id, denominator=denominator,
+                   causal=ops.Causal(), maskable_BL=rows.maskable_BL)
 
 
 def with_denominator(trainer: Trainer, batch: Sequence[Corrupted]) -> list[Corrupted]:

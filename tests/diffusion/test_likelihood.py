@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from dlm_scale.diffusion.draws import ESTIMATORS, evaluation_draws
 from dlm_scale.diffusion.likelihood import (
     RowSums,
     bits_per_byte,
+    difference,
     estimate_nelbo,
-    evaluation_draws,
     perplexity,
     row_sums,
     summarise,
@@ -26,17 +27,72 @@ def rows_of(chain, num_rows, seed=0):
     return which, chain.x_XL[which]
 
 
-def estimate(ce_fn, x0_BL, seed=0, num_draws=4, maskable_BL=None, first=0):
+def estimate(ce_fn, x0_BL, seed=0, num_draws=4, maskable_BL=None, first=0, estimator="exact"):
     batch = (x0_BL, np.arange(first, first + len(x0_BL), dtype=np.int64), maskable_BL)
-    return estimate_nelbo(ce_fn, [batch], seed=seed, num_draws=num_draws, mask_id=MASK_ID)
+    return estimate_nelbo(ce_fn, [batch], seed=seed, num_draws=num_draws, mask_id=MASK_ID, estimator=estimator)
 
 
-@pytest.mark.parametrize("num_draws", [2, 8])
-def test_interval_of_the_monte_carlo_part_covers_the_exact_value(chain, num_draws):
+def mean_over_offsets(chain, ce_XML, estimator, num_passes, length=L):
+    """[X] the exact mean of one replicate: its plan at every offset of a grid on which the sizes' law is exact, and all
+    subsets of each size."""
+    grid = (np.arange(840) + 0.5) / 840  # the sizes change at multiples of 1/(5 D) and 1/(6 D) alone
+    size_M, share = chain.masks_ML.sum(-1), torch.zeros(len(chain.masks_ML), dtype=torch.float64)
+    for count_B, weight_B in ESTIMATORS[estimator].plan(grid, np.full(840, length), num_passes):
+        for count, weight in zip(count_B.tolist(), weight_B.tolist()):
+            share += (size_M == count).double() * weight / math.comb(length, count)
+    return ce_XML.sum(-1) @ share / 840 / num_passes
+
+
+@pytest.mark.parametrize("estimator, num_passes", [("exact", 1), ("exact", 4), ("pairs", 2), ("pairs", 4)])
+def test_an_estimators_mean_over_all_its_masks_is_the_exact_nelbo(chain, estimator, num_passes):
+    ce_XML = chain.ce_table(chain.random_net())
+    found = mean_over_offsets(chain, ce_XML, estimator, num_passes)
+    assert (found - chain.exact_nelbo(ce_XML)).abs().max() < 1e-12
+
+
+def test_the_bias_of_the_quadrature_is_that_of_rounding(chain):
+    """Its mean is the rule applied to the curve over the sizes; with one node a size on average, within 1/L of it."""
+    ce_XML = chain.ce_table(chain.random_net())
+    exact, size_M = chain.exact_nelbo(ce_XML), chain.masks_ML.sum(-1)
+    curve_XL = torch.stack([ce_XML.sum(-1)[:, size_M == n].mean(1) / n for n in range(1, L + 1)], 1)
+    nodes, weights = np.polynomial.legendre.leggauss(4)
+    size_D = np.floor((nodes + 1) / 2 * L).astype(int)
+    found = mean_over_offsets(chain, ce_XML, "quadrature", 4)
+    assert (found - L * curve_XL[:, size_D] @ torch.from_numpy(weights / 2)).abs().max() < 1e-12
+    spread = curve_XL.amax(1) - curve_XL.amin(1)
+    assert 1e-3 < (found - exact).abs().max() and ((found - exact).abs() < spread).all()
+
+
+def test_the_usual_weights_on_pairs_would_be_biased_below(chain):
+    """l on 1..L with weights L/l and L/(L-l) never masks the full set on the complement's side."""
+    ce_XML = chain.ce_table(chain.random_net())
+    size_M, share = chain.masks_ML.sum(-1), torch.zeros(len(chain.masks_ML), dtype=torch.float64)
+    for n in range(1, L + 1):
+        for m in filter(None, (n, L - n)):
+            share += (size_M == m).double() * (L / m) / math.comb(L, m) / L / 2
+    assert (ce_XML.sum(-1) @ share < chain.exact_nelbo(ce_XML) - 1e-3).all()
+
+
+def test_a_pair_masks_every_maskable_token_once():
+    x0_BL, maskable_BL = np.zeros((60, 9), np.int64), np.arange(9) < np.arange(60)[:, None] % 10
+    options = dict(seed=0, num_draws=8, mask_id=1, maskable_BL=maskable_BL, estimator="pairs")
+    draws = list(evaluation_draws(x0_BL, np.arange(60), **options))
+    for one, other in zip(draws[::2], draws[1::2], strict=True):
+        assert np.array_equal((one.is_masked_BL ^ other.is_masked_BL).numpy(), maskable_BL)
+        assert not (one.is_masked_BL & other.is_masked_BL).any()
+        n_B = one.is_masked_BL.sum(1)
+        assert torch.equal(one.weight_N, ((maskable_BL.sum(1) + 1) / n_B.double()).float()[one.rows_N // 9])
+    sizes_KB = np.stack([draw.is_masked_BL.sum(1).numpy() for draw in draws])
+    assert (sizes_KB[0] <= 3).all() and (sizes_KB[2, maskable_BL.sum(1) == 9] >= 2).all()  # strata of half of 0..L
+
+
+@pytest.mark.parametrize("estimator, num_draws", [("exact", 2), ("exact", 8), ("pairs", 4)])
+def test_interval_of_the_monte_carlo_part_covers_the_exact_value(chain, estimator, num_draws):
     ce_XML = chain.ce_table(chain.random_net())
     which, x0_BL = rows_of(chain, 150)
     exact = chain.exact_nelbo(ce_XML)[which].sum().item() / (150 * L)
-    estimates = [estimate(chain.ce_fn(ce_XML), x0_BL, seed, num_draws) for seed in range(400)]
+    options = dict(num_draws=num_draws, estimator=estimator)
+    estimates = [estimate(chain.ce_fn(ce_XML), x0_BL, seed, **options) for seed in range(400)]
     error = np.array([e.nelbo - exact for e in estimates])
     se = np.array([e.nelbo_se_mc for e in estimates])
     covered = (np.abs(error) < 1.96 * se).mean()
@@ -86,10 +142,31 @@ def test_oracle_estimate_is_minus_log_p_also_given_a_visible_prefix(chain):
     assert abs(conditional.nelbo * 3 - expected) < 4 * 3 * conditional.nelbo_se_mc < 0.1
 
 
-def test_any_split_and_order_of_the_rows_gives_the_same_bits(chain):
+def test_a_difference_is_of_the_same_rows_and_masks(chain):
+    """Two nearly equal nets: the paired interval covers their exact difference, and is far shorter than either's."""
+    _, x0_BL = rows_of(chain, 100)
+    which = (x0_BL * torch.tensor([V ** (L - 1 - i) for i in range(L)])).sum(-1)
+    tables = [chain.ce_table(chain.random_net())]
+    tables.append(tables[0] * (1 + 0.02 * torch.rand(tables[0].shape, generator=torch.Generator().manual_seed(3))))
+    exact = [chain.exact_nelbo(table)[which].sum().item() / 100 / L for table in tables]
+    covered, options = [], dict(num_draws=4, mask_id=MASK_ID, estimator="pairs")
+    for seed in range(200):
+        sums = [row_sums(chain.ce_fn(t), x0_BL, np.arange(100), seed=seed, **options) for t in tables]
+        found = difference([sums[0]], [sums[1]])
+        covered.append(abs(found.nelbo - (exact[0] - exact[1])) < 1.96 * found.nelbo_se_mc)
+    assert abs(np.mean(covered) - 0.95) < 3 * (0.95 * 0.05 / 200) ** 0.5
+    alone = summarise([sums[0]])
+    assert found.nelbo == pytest.approx(alone.nelbo - summarise([sums[1]]).nelbo)
+    assert found.nelbo_se < alone.nelbo_se / 10 and found.nelbo_se_mc < alone.nelbo_se_mc / 10
+    with pytest.raises(ValueError, match="same rows"):
+        difference([sums[0]], [dataclasses.replace(sums[1], row_index_R=np.arange(1, 101))])
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_any_split_and_order_of_the_rows_gives_the_same_bits(chain, estimator):
     ce_fn = chain.ce_fn(chain.ce_table(chain.random_net()))
     _, x0_BL = rows_of(chain, 23)
-    options = dict(seed=5, num_draws=6, mask_id=MASK_ID)
+    options = dict(seed=5, num_draws=8, mask_id=MASK_ID, estimator=estimator)
     whole = summarise([row_sums(ce_fn, x0_BL, np.arange(23), **options)])
     for world in (2, 3, 8):
         parts = [row_sums(ce_fn, x0_BL[r::world], np.arange(r, 23, world), **options) for r in range(world)]
@@ -150,6 +227,7 @@ def test_ce_curve_is_the_mean_over_masked_tokens():
     sums = RowSums(
         row_index_R=np.array([1, 0]),
         weighted_ce_RK=np.array([[20.0, 8.0], [3.0, 40.0]]),
+        ce_RK=np.array([[2.0, 8.0], [0.15, 2.0]]),
         num_masked_RK=np.array([[1, 10], [1, 1]]),
         num_maskable_R=np.array([10, 20]),
     )
@@ -177,6 +255,9 @@ def test_misuse_is_refused(chain):
     for num_draws in (0, 1, 3):
         with pytest.raises(ValueError, match="num_draws"):
             next(evaluation_draws(x0_BL, np.arange(2), seed=0, num_draws=num_draws, mask_id=MASK_ID))
+    for options in (dict(num_draws=6, estimator="pairs"), dict(num_draws=4, estimator="best")):
+        with pytest.raises(ValueError, match="multiple of 4|unknown estimator"):
+            next(evaluation_draws(x0_BL, np.arange(2), seed=0, mask_id=MASK_ID, **options))
     sums = row_sums(lambda c: torch.zeros(c.rows_N.numel()), x0_BL, np.arange(2), seed=0, num_draws=2, mask_id=MASK_ID)
     with pytest.raises(ValueError, match="twice"):
         summarise([sums, sums])

@@ -6,9 +6,11 @@ import json
 
 import pytest
 
-from dlm_scale import cli
+from dlm_scale import cli, evaluate
 from dlm_scale.data.loader import ValidationData
 from dlm_scale.data.prepare import prepare
+from dlm_scale.diffusion.draws import ESTIMATORS
+from dlm_scale.evaluation.likelihoods import ORDERS
 from tests.engine.test_training import lines, run
 from tests.forked import run_ranks
 
@@ -50,14 +52,58 @@ def test_the_last_validation_line_of_the_run_is_what_evaluate_says(trained, capf
     assert report["nelbo"] == pytest.approx(last["val_nelbo"], abs=1e-6)
 
 
+def test_two_checkpoints_have_a_paired_difference(trained, capfd):
+    first, last = sorted((trained / "checkpoints").iterdir())
+    arguments = ["--max_rows=24", "--num_draws=4", "--json"]
+    report = evaluated(capfd, last, first, *arguments)
+    alone = [evaluated(capfd, path, *arguments) for path in (last, first)]
+    assert report["other"] == alone[1] and {key: report[key] for key in alone[0]} == alone[0]
+    found = report["difference"]
+    assert found["nelbo"] == pytest.approx(alone[0]["nelbo"] - alone[1]["nelbo"]) and found["nelbo"] != 0
+    assert found["interval"] == pytest.approx([found["nelbo"] + s * 1.96 * found["nelbo_se"] for s in (-1, 1)])
+    assert found["nelbo_se"] < min(a["nelbo_se"] for a in alone) and report["estimator"] == "pairs"
+
+
+def test_exact_likelihoods_through_the_command(trained, capfd):
+    options = ["--max_rows=2", "--weights=raw"]
+    found = {name: evaluated(capfd, trained, *options, f"--likelihood={name}", *more) for name, *more in (
+        ("l2r",), ("duel", "--order=entropy", "--tokens_per_step=16"), ("nelbo", "--num_draws=64"))}
+    assert all(found[name]["nelbo_se_mc"] == 0 and found[name]["tokens"] == 32 for name in ("l2r", "duel"))
+    all_masked = found["nelbo"]["ce_by_mask_ratio"][-1]  # 16 tokens in one pass: every token from nothing
+    assert found["duel"]["nelbo"] == pytest.approx(all_masked, rel=0.1)
+    assert found["l2r"]["nelbo"] == pytest.approx(found["nelbo"]["nelbo"], rel=0.2)
+
+
+def test_generated_text_and_a_sweep_through_the_command(trained, tmp_path, capfd):
+    report = evaluated(capfd, trained, "--generate=3", "--steps=4", "--length=12")
+    assert report["samples"] == 3 and 1 <= report["nfe"] <= 4 and report["reference"]["samples"] == 3
+    assert report["judge"] == "5-gram" and report["reference"]["judge_nll"] < report["judge_nll"]
+    lines = [{"id": 0, "sample": i, "text": "abab", "tokens": [0, 1, 0, 1], "nfe": 2} for i in range(2)]
+    (tmp_path / "made.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    read = evaluated(capfd, trained, f"--samples={tmp_path}/made.jsonl")
+    assert read["samples"] == 2 and read["nfe"] == 2 and read["distinct_1"] == 2 / 8
+    swept = evaluated(capfd, trained, "--sweep=ancestral,margin", "--steps=2,4", "--generate=2", "--length=8",
+                      f"--out={tmp_path}/quality")
+    assert len(swept["points"]) == 4 and json.loads((tmp_path / "quality.json").read_text()) == swept
+    assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize("bad, words", [
-    (["--num_draws=3"], "num_draws"), (["--batch_size=0"], "batch_size"), (["--weights=emma"], "weights"),
+    (["--num_draws=3"], "num_draws"), (["--num_draws=6", "--estimator=pairs"], "multiple of 4"),
+    (["--generate=2", "--sampler=ancestrl"], "did you mean 'ancestral'"), (["--steps=4,x"], "--steps=4,x"),
+    (["--samples=/nowhere.jsonl"], "/nowhere.jsonl"), (["--samples=x", "--suite=mdlm"], "exclude each other"),
+    (["--suite=mdlm", "--from=/nowhere"], "no ptb.jsonl"), (["--generate=2", "--judge=/nowhere"], "no such folder"),
+    (["--generate=2", "--length=999"], "beyond the checkpoint's context"), (["--batch_size=0"], "batch_size"), (["--weights=emma"], "weights"),
     (["--data=/nowhere/val"], "/nowhere"), (["--max_row=3"], "did you mean --max_rows"),
 ])
 def test_bad_arguments_exit_2_with_one_message(trained, bad, words, capfd):
     assert run_ranks(1, cli.main, ["evaluate", str(trained), "--device=cpu", *bad])[0] == 2
     error = capfd.readouterr().err.strip().splitlines()
     assert len(error) == 1 and words in error[0]
+
+
+def test_the_choices_of_the_command_are_those_of_the_code():
+    assert set(evaluate.ESTIMATORS) == set(ESTIMATORS) and set(evaluate.ORDERS) == set(ORDERS)
 
 
 def test_data_of_another_tokenizer_is_refused(trained, tmp_path, capfd):

@@ -1,0 +1,117 @@
+"""Which masks an estimator of the NELBO looks at, and what each weighs.
+
+A row has L maskable tokens; S(M) is the sum of the cross-entropies, nats, of the positions in the mask set M. Every
+estimator spends K forward passes a row in two independent replicates of D = K/2 passes, each of which is unbiased on
+its own (`quadrature`: but for its rule), so that half their difference gives the Monte-Carlo variance.
+
+    exact        l stratified over 1..L, a uniform subset of size l, weight L/l (LLaDA, arXiv 2502.09992, eq. 14)
+    pairs        a uniform subset of size l and its complement, l stratified over 0..L, weights (L+1)/n of the n masked
+                 positions of each side, 0 where n = 0: a pair predicts every token once. (With l on 1..L and weights
+                 L/l, L/(L-l) the full set never falls to the complement: biased below the bound.)
+    quadrature   the D nodes m of Gauss and Legendre's rule, l = floor(m L) + 1, weight of the node times L/l: for a
+                 fixed curve over l it has no error from l, and a bias of order 1/L
+
+Masks are functions of (seed, row index, draw) alone: Philox(seed; row low, high, column, EVAL + 256 * draw); the offset
+of a replicate's strata has no column (2**32 - 1) and the replicate in place of the draw.
+
+Legend: B rows of a batch, L positions, D passes of a replicate.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dlm_scale.diffusion.corruption import (
+    Corrupted,
+    assemble,
+    clean_rows,
+    exact_count,
+    replace,
+    row_words,
+    smallest_words,
+)
+from dlm_scale.diffusion.rng import Stream, counter_of, philox, uniform53
+from dlm_scale.diffusion.segments import row_bounds
+from dlm_scale.diffusion.timestep import wrap_time
+
+NUM_REPLICATES = 2
+_NO_COLUMN = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """plan(offset_B, length_B, D) -> for each pass of a replicate (count_B, weight_B): how many positions are masked,
+    and the weight of their sum, the replicate being the mean over its D passes. `unit`: D is a multiple of it; where it
+    is 2 every second pass masks the complement of the one before."""
+
+    plan: Callable[[np.ndarray, np.ndarray, int], Iterator[tuple[np.ndarray, np.ndarray]]]
+    unit: int = 1
+
+
+def _exact(offset_B, length_B, num_passes):
+    for stratum in range(num_passes):
+        count_B = exact_count(wrap_time(offset_B + stratum / num_passes), length_B)
+        yield count_B, length_B / np.maximum(count_B, 1)
+
+
+def _pairs(offset_B, length_B, num_passes):
+    """l and L-l mean the same pair, so that l < (L+1)/2 stands for both: D/2 strata over half of 0..L."""
+    for stratum in range(num_passes // 2):
+        count_B = np.floor((length_B + 1) * ((offset_B + stratum) / num_passes)).astype(np.int64)
+        for masked_B in (count_B, length_B - count_B):
+            yield masked_B, np.where(masked_B > 0, (length_B + 1) / np.maximum(masked_B, 1), 0.0)
+
+
+def _quadrature(offset_B, length_B, num_passes):
+    nodes, weights = np.polynomial.legendre.leggauss(num_passes)
+    for m, share in zip((nodes + 1) / 2, weights / 2):
+        count_B = np.minimum(np.floor(m * length_B).astype(np.int64) + 1, length_B)
+        yield count_B, num_passes * share * length_B / np.maximum(count_B, 1)
+
+
+ESTIMATORS = {"exact": Estimator(_exact), "pairs": Estimator(_pairs, unit=2), "quadrature": Estimator(_quadrature)}
+
+
+def default_estimator(num_draws: int) -> str:
+    """`pairs`, the one of least variance, where the number of draws allows it; else `exact`."""
+    return "exact" if num_draws % (NUM_REPLICATES * ESTIMATORS["pairs"].unit) else "pairs"
+
+
+def check_draws(estimator: str, num_draws: int) -> None:
+    """Raises ValueError unless the estimator exists and num_draws is two replicates of whole units."""
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"unknown estimator {estimator!r}; choose one of: {', '.join(ESTIMATORS)}")
+    multiple = NUM_REPLICATES * ESTIMATORS[estimator].unit
+    if num_draws < multiple or num_draws % multiple:
+        raise ValueError(f"num_draws must be a multiple of {multiple} for the estimator {estimator!r} (two independent "
+                         f"replicates give the standard error), got {num_draws}")
+
+
+def evaluation_draws(
+    x0_BL, row_index_B: np.ndarray, *, seed: int, num_draws: int, mask_id: int, maskable_BL=None, estimator="exact"
+) -> Iterator[Corrupted]:
+    """One `Corrupted` a pass, with the estimator's weights and denominator 1; the first half is replicate 0.
+
+    row_index_B: indices in the whole data set. Raises ValueError where the arguments do not fit.
+    """
+    check_draws(estimator, num_draws)
+    x0_BL, row_index_B, maskable_BL = clean_rows(x0_BL, row_index_B, maskable_BL, mask_id)
+    chosen, length_B, num_passes = ESTIMATORS[estimator], maskable_BL.sum(1), num_draws // NUM_REPLICATES
+    is_masked_BL = np.zeros_like(maskable_BL)
+    for replicate in range(NUM_REPLICATES):
+        w0_B, w1_B, _, _ = philox(seed, *counter_of(row_index_B), _NO_COLUMN, Stream.EVAL + 256 * replicate)
+        for i, (count_B, weight_B) in enumerate(chosen.plan(uniform53(w0_B, w1_B), length_B, num_passes)):
+            if i % chosen.unit:
+                is_masked_BL = maskable_BL & ~is_masked_BL  # of the pass before
+            else:
+                stream = Stream.EVAL + 256 * (replicate * num_passes + i)
+                word_BL = row_words(seed, row_index_B, x0_BL.shape[1], stream)
+                is_masked_BL = smallest_words(word_BL, maskable_BL, count_B)
+            m_B = count_B / np.maximum(length_B, 1)
+            weight_S, masked = torch.from_numpy(weight_B), replace(x0_BL, is_masked_BL, row_bounds(*x0_BL.shape), mask_id)
+            yield assemble(
+                masked, weight_S=weight_S, elbo_weight_S=weight_S, m_S=m_B, t_S=m_B.copy(), num_maskable_S=length_B,
+                denominator=1.0,
+            )  # fmt: skip
