@@ -63,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
 
     torch.set_num_threads(args.num_threads)
     inference = load_for_inference(args.checkpoint, args.device, local_rank=job.env.local_rank)
+    if inference.is_autoregressive:
+        raise UsageError(f"{args.checkpoint} is autoregressive: batches are for masked checkpoints so far; use dlm sample")
     settings = stream_settings(vars(args), inference)
     _together(job.env, lambda: _prepare(job, inference, settings))
     if not _is_complete(job):
