@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", metavar="FILE", required=True, help="JSON Lines of results, or Parquet where it ends in .parquet")
     add("--batch_size", type=int, default=0, help="canvases at once, any gives the same text; 0 = what memory allows")
     add_sampling_arguments(parser, num_samples=1)
-    add("--num_threads", type=int, default=1, help="threads of a process on a CPU (default: 1; more ranks scale better)")
+    add("--num_threads", type=int, default=1, help="threads of a process on a CPU (default: 1; rather take more ranks)")
     add("--shard", metavar="I/N", help="do part I (from 0) of N alone; default: the task of a Slurm array")
     add("--merge", default=False, **FLAG, help="sample nothing, merge what the parts hold")
     add("--overwrite", default=False, **FLAG, help="delete the output, finished or not, and start anew")
@@ -157,7 +157,7 @@ def _prepare(job: Job, inference: Any, settings: dict) -> None:
                 _write_index(job, inference, file)
                 write_atomic(state.manifest, [wanted.encode()])
     except OSError as error:
-        raise UsageError(f"cannot write {state.folder} ({error.strerror}): check its owner and the free space") from error
+        raise UsageError(f"cannot write {state.folder} ({error.strerror}): check owner and free space") from error
 
 
 def _is_begun(state: Any, wanted: dict) -> bool:

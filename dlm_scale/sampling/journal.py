@@ -116,8 +116,9 @@ def worker_lock(state: State) -> Iterator[None]:
         others = [path for path in folder.iterdir() if path.name.partition("_of_")[2] != num_workers]
         busy = [path for path in others if _is_held(path)] if is_ours else [folder / state.worker]
         if busy:
-            raise UsageError(f"{state.out} is being written by another job ({busy[0].name.replace('_', ' ')}): wait for "
-                             "it, or stop it; or choose another --output")
+            holder = busy[0].name.replace("_", " ")
+            raise UsageError(f"{state.out} is being written by another job ({holder}): wait for it, or stop it; or "
+                             "choose another --output")
         yield
 
 

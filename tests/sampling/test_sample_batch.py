@@ -441,7 +441,7 @@ def test_batch_sizes_follow_the_memory():
 def test_ten_thousand_prompts_of_mixed_lengths(work):
     write_prompts(work.folder / "in.jsonl", mixed_requests(10_000))
     assert work() == 0
-    rows = rows_of(work.read())
-    assert [(row["id"], row["sample"]) for row in rows] == [(r["id"], s) for r in mixed_requests(10_000) for s in (0, 1)]
+    expected = [(request["id"], sample) for request in mixed_requests(10_000) for sample in range(2)]
+    assert [(row["id"], row["sample"]) for row in rows_of(work.read())] == expected
     assert run_ranks(4, lambda: work("--batch_size=7", out="ranks.jsonl"), seconds=600) == [0] * 4
     assert work.read("ranks.jsonl") == work.read()
