@@ -62,6 +62,9 @@ def open_datasets(config: Any) -> tuple[Any, Any]:
 
     source = f"synthetic:{config.data.synthetic_vocab_size}" if config.data.is_synthetic else config.data.train
     data = open_data(source, config.model.seq_len, config.train.seed, config.data.packing, config.data.order)
+    if config.objective.kind == "autoregressive" and getattr(data.tokenizer_meta, "is_chat", False):
+        raise UsageError("objective.kind=autoregressive: data.train holds conversations, which only masked diffusion takes "
+                         "so far; give text, or leave the objective out")
     if config.data.validation is None:
         return data, None
     validation = ValidationData(config.data.validation, config.model.seq_len, config.train.eval_rows)

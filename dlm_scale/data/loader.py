@@ -131,7 +131,7 @@ def require_same_tokenizer(first: TokenizerMeta, second: TokenizerMeta, first_na
 
 
 class ValidationData:
-    """Windows of a split in file order, at most `max_rows` (0: all), then evenly spread over the file.
+    """Windows of a split in file order, or its answers, one a row; at most `max_rows` (0: all), then evenly spread.
 
     `bytes_per_token` turns nats per token into bits per byte; `floor` is the exact H_L / L, None where unknown.
     """
@@ -139,9 +139,10 @@ class ValidationData:
     def __init__(self, prefix: str | Path, seq_len: int, max_rows: int = 0):
         self.prefix = str(prefix)
         self.meta, name, data = open_split(prefix)
-        self._windows = _windows(data, self.meta, seq_len)
+        self._rows = (_answers(data, self.meta, seq_len, "none") if self.meta.is_chat
+                      else _windows(data, self.meta, seq_len))  # fmt: skip
         self._split = self.meta.splits[name]
-        num_windows = self._windows.num_rows
+        num_windows = self._rows.num_rows
         self.num_rows = min(max_rows, num_windows) if max_rows > 0 else num_windows
         self._window_of_row = np.arange(self.num_rows) * num_windows // self.num_rows
         self._tokens = data.tokens
@@ -155,9 +156,9 @@ class ValidationData:
     def bytes_per_token(self) -> float:
         return self._split.bytes / self._split.tokens
 
-    def rows(self, row_B: np.ndarray) -> np.ndarray:
-        """int64 [B, L] of the rows 0 ... num_rows - 1."""
-        return self._windows.rows(self._window_of_row[row_B])
+    def rows(self, row_B: np.ndarray) -> np.ndarray | Rows:
+        """int64 [B, L] of the rows 0 ... num_rows - 1; of conversations `Rows`, in which the past is not maskable."""
+        return assemble(self._rows.take(self._window_of_row[row_B]))
 
     def text(self) -> str:
         """The whole split as text, without the separators between documents."""
