@@ -79,7 +79,7 @@ def _job(args: argparse.Namespace) -> Job:
     check_sampling(vars(args))
     check_ranges(vars(args), _RANGES)
     if args.cache != "none":
-        raise UsageError(f"--cache {args.cache}: kept keys and values are for `dlm sample` only so far; leave the flag out")
+        raise UsageError("--cache: kept keys would depend on what else is in a pass; leave it out, or use dlm sample")
     if args.tensor_parallel_size > 1:
         raise UsageError("--tensor_parallel_size: sampling splits over ranks by requests only so far, a model must fit "
                          "one device; leave the flag out, or sample on a device with more memory")

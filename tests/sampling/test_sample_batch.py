@@ -110,11 +110,18 @@ def test_every_request_comes_back_in_order_on_its_own_canvas(work, whole):
     assert sum(batch["nfe"] for batch in times) == sum(row["nfe"] for row in rows)
 
 
-@pytest.mark.parametrize("sampler", ["ancestral", "entropy"])
-def test_the_batch_size_does_not_show(work, sampler):
-    assert work(f"--sampler={sampler}", out="auto.jsonl") == 0 and "batches of 256" in work.said
+SAMPLING = {
+    "ancestral": ["--sampler=ancestral"],
+    "an order": ["--sampler=entropy"],
+    "blocks beyond the context": ["--block_size=8", "--max_new_tokens=21", "--guidance=0.5", "--logit_bias=e=-inf"],
+}
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+def test_the_batch_size_does_not_show(work, name):
+    assert work(*SAMPLING[name], out="auto.jsonl") == 0 and "batches of" in work.said
     for size in (1, 7, 64):
-        assert work(f"--sampler={sampler}", f"--batch_size={size}", out=f"{size}.jsonl") == 0
+        assert work(*SAMPLING[name], f"--batch_size={size}", out=f"{size}.jsonl") == 0
         assert work.read(f"{size}.jsonl") == work.read("auto.jsonl")
 
 
@@ -395,6 +402,7 @@ def test_text_ends_before_the_stop_token(work, whole):
         (["--stop_token=ab"], "'ab' is 2 tokens"),
         (["--outptu=x"], "did you mean --output"),
         (["--num_threads=0"], "--num_threads"),
+        (["--block_size=4", "--cache=dual"], "kept keys would depend"),
     ],
 )
 def test_bad_flags_are_refused(work, flags, message):
