@@ -235,8 +235,7 @@ def _line_number(path: Path, offset: int) -> int:
 
 
 def _of_line(line: bytes | bytearray, text_key: str, where: Callable[[], str]) -> Iterator[Document]:
-    if len(line) > MAX_LINE_BYTES:
-        raise UsageError(f"{where()}: a line of more than {MAX_LINE_BYTES >> 20} MiB. Cut the document up")
+    _require_short(line, where)
     if line.strip():
         try:
             row = json.loads(line)
@@ -245,12 +244,18 @@ def _of_line(line: bytes | bytearray, text_key: str, where: Callable[[], str]) -
         yield document_of(row, text_key, where)
 
 
+def _require_short(line: bytes | bytearray, where: Callable[[], str]) -> None:
+    if len(line) > MAX_LINE_BYTES:
+        raise UsageError(f"{where()}: a line of more than {MAX_LINE_BYTES >> 20} MiB. Cut the document up")
+
+
 def _zst_chunks(path: Path, text_key: str, chunk_bytes: int) -> Iterator[Chunk]:
     """Only one process can unpack a file: it hands on its lines."""
     zstandard = import_optional("zstandard", str(path))
     batch, size, first, read = [], 0, 1, 0
     try:
         for number, (line, position) in enumerate(_zst_lines(path, zstandard.ZstdDecompressor()), 1):
+            _require_short(line, lambda: f"{path}:{number}")
             batch.append(bytes(line))
             size += len(line)
             if size >= chunk_bytes:

@@ -61,7 +61,10 @@ def _in_processes(
         while not idle:
             yield from _results(busy, idle)
         worker = idle.pop()
-        worker.pipe.send(task)
+        try:
+            worker.pipe.send(task)
+        except ConnectionError:
+            raise _death_of(worker) from None
         busy[worker.pipe] = worker, number
     while busy:
         yield from _results(busy, idle)
@@ -81,15 +84,19 @@ def _results(busy: dict[Connection, tuple[_Worker, int]], idle: list[_Worker]) -
         worker, number = busy.pop(pipe)
         try:
             result = pipe.recv()
-        except EOFError:
-            worker.process.join()
-            code = worker.process.exitcode
-            cause = f"signal {signal.Signals(-code).name} (out of memory?)" if code < 0 else f"exit code {code}"
-            raise RuntimeError(f"a worker process ended with {cause}; the same command continues") from None
+        except (EOFError, ConnectionError):
+            raise _death_of(worker) from None
         if isinstance(result, Exception):
             raise result
         idle.append(worker)
         yield number, result
+
+
+def _death_of(worker: _Worker) -> RuntimeError:
+    worker.process.join()
+    code = worker.process.exitcode
+    cause = f"signal {signal.Signals(-code).name} (out of memory?)" if code < 0 else f"exit code {code}"
+    return RuntimeError(f"a worker process ended with {cause}; the same command continues")
 
 
 def _work(pipe: Connection) -> None:

@@ -81,7 +81,7 @@ def test_every_recipe_from_a_stand_in(stand_ins, tmp_path, recipe, streaming):
 
 def test_limits_leave_a_validation_of_its_own_whole(stand_ins, tmp_path):
     hub = HubOptions(str(stand_ins / "tinystories"))
-    meta = prepare("tinystories", "byte", tmp_path / "D", hub=hub, max_documents=7)
+    meta = prepare("tinystories", "byte", tmp_path / "D", hub=hub, workers=1, max_documents=7)
     assert [s.documents for s in meta.splits.values()] == [7, 20]
 
 
