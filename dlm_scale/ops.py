@@ -12,8 +12,9 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import torch.distributed as dist
@@ -45,6 +46,9 @@ class Full:
 @dataclass(frozen=True)
 class Causal:
     """Position i sees positions 0..i (the autoregressive twin, annealing)."""
+
+    def to(self, device, non_blocking: bool = False) -> Causal:
+        return self
 
 
 @dataclass(frozen=True)
@@ -307,6 +311,38 @@ def mask_tokens(x0_BL, sample_index_B, noise: Noise, *, backend: str | None = No
     return _triton("masking").mask_tokens(x0_BL, sample_index_B, noise, **options)
 
 
+def masks_on(device: torch.device) -> Callable | None:
+    """What draws the masks of a training batch for `diffusion.corruption.corrupt`; None: numpy, on the host."""
+    if choose_masking(REQUESTED_KERNELS, device.type)[0] == "numpy":
+        return None
+    return partial(mask_on_device, device=device)
+
+
+def choose_masking(requested: str, device: str) -> tuple[str, str]:
+    """("numpy" or "triton", why). Not the kernel unless it is asked for: numpy works a step ahead in the loader's
+    thread, 19 million tokens a second, and the host must know how many positions are masked before the device is
+    asked to gather them; the kernel's launch would be followed by a wait for that number."""
+    if requested == "triton":
+        return choose_kernels("masking", requested, device)
+    if requested not in ("auto", "reference"):
+        raise BackendError(f"kernels {requested!r} are unknown: use auto, triton or reference")
+    return "numpy", "on the host, a step ahead of the device, which then waits for nothing"
+
+
+def mask_on_device(
+    x0_BL, sample_index_B, maskable_BL, bounds_S1, m_S, *, seed: int, mask_id: int, device: torch.device
+) -> Masked:
+    """The masks of `diffusion.corruption.mask_tokens_here` by the kernel: numpy arrays in, tensors on `device` out.
+
+    Works from any thread; the caller's thread waits for the number of masked positions.
+    """
+    arrays = (x0_BL, sample_index_B, maskable_BL, bounds_S1, m_S)
+    x0_BL, sample_index_B, maskable_BL, bounds_S1, m_S = (torch.from_numpy(values).to(device) for values in arrays)
+    options = {"mask_id": mask_id, "cu_seqlens": bounds_S1, "maskable_BL": maskable_BL}
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        return _triton("masking").mask_tokens(x0_BL, sample_index_B, Noise(m_S, None, seed), **options)
+
+
 def _triton(op: str):
     return importlib.import_module(f"dlm_scale.kernels.{op}_triton")
 
@@ -365,8 +401,9 @@ def chosen_backends() -> dict[str, str]:
         "attention": lambda: choose_attention(REQUESTED_ATTENTION, device, dtype, 64, Full),
         "attention, packed": lambda: choose_attention(REQUESTED_ATTENTION, device, dtype, 64, Segments),
         "linear_cross_entropy": lambda: choose_kernels("linear_cross_entropy", REQUESTED_KERNELS, device),
+        "masking": lambda: choose_masking(REQUESTED_KERNELS, device),
     }
-    return {op: _told(choose) for op, choose in calls.items()} | {"masking": "numpy Philox on the host"}
+    return {op: _told(choose) for op, choose in calls.items()}
 
 
 def _told(choose: Callable[[], tuple[str, str]]) -> str:

@@ -154,8 +154,8 @@ def _add_product(total_VD, dlogits_CV, hidden_CD, is_only_chunk: bool):
         return torch.mm(left_VC, hidden_CD, out_dtype=torch.float32)
     if hidden_CD.is_cuda:
         return torch.addmm(total_VD, left_VC, hidden_CD, out_dtype=torch.float32, out=total_VD)
-    total_VD = hidden_CD.new_zeros(len(left_VC), hidden_CD.shape[1], dtype=torch.float32) if total_VD is None else total_VD
     wide_CD = hidden_CD.float()  # a CPU's matmul would round each chunk's product to 16 bits
+    total_VD = wide_CD.new_zeros(len(left_VC), wide_CD.shape[1]) if total_VD is None else total_VD
     for total, left in zip(total_VD.split(WIDE_ROWS), left_VC.split(WIDE_ROWS)):
         total.addmm_(left.float(), wide_CD)
     return total_VD

@@ -6,8 +6,9 @@ alone, so the same rows get the same masks in whatever batch they stand.
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -77,44 +78,80 @@ def corrupt(
     denominator: float | None,
     maskable_BL=None,
     attention: Any = None,
+    mask_tokens: Callable | None = None,
 ) -> Corrupted:
     """Masks the clean int64 ids x0_BL (numpy or torch, on the CPU) at times t_S in (0, 1], one for each segment.
 
     Each maskable position is masked on its own with probability m(t) (up to 2**-24), or, for an exact-count
     weighting, a uniform subset of ceil(L t) positions of each segment is. sample_index_B: global sample indices.
     maskable_BL: bool, default all True; the rest (padding, prompts) is never masked and carries no loss. attention:
-    a mask value whose `cu_seqlens` are the bounds of the segments; default: the rows are the segments.
+    a mask value whose `cu_seqlens` are the bounds of the segments; default: the rows are the segments. mask_tokens:
+    where else than here independent positions are drawn, with the same bits: `ops.masks_on`.
     Raises ValueError for shapes, bounds or times that do not fit, for a schedule that the weighting does not allow, and
     for clean rows that hold the mask id at a maskable position.
     """
     x0_BL, sample_index_B, maskable_BL = clean_rows(x0_BL, sample_index_B, maskable_BL, mask_id)
     bounds_S1 = row_bounds(*x0_BL.shape) if attention is None else np.asarray(attention.cu_seqlens)
     check_bounds(bounds_S1, *x0_BL.shape)
-    t_S = np.asarray(t_S).astype(np.float64)
-    if t_S.shape != (bounds_S1.size - 1,) or not np.all((t_S > 0) & (t_S <= 1)):
-        raise ValueError(f"each of the {bounds_S1.size - 1} segments needs a time in (0, 1], got {t_S}")
+    t_S, length_S = checked_times(t_S, bounds_S1.size - 1), count_in(maskable_BL, bounds_S1)
     if weighting.requires_linear and not schedule.is_linear:
         raise ValueError(f"weighting {weighting.name!r} needs the linear schedule, got {schedule.name!r}")
-    length_S = count_in(maskable_BL, bounds_S1)
     elbo = elbo_weighting(weighting, schedule)
     if elbo.clamps_time:
         t_S = np.maximum(t_S, min_time(np.maximum(length_S, 1)))
-    word_BL = row_words(seed, sample_index_B, x0_BL.shape[1], Stream.MASK)
+    draw, rows = mask_tokens or mask_tokens_here, (x0_BL, sample_index_B, maskable_BL, bounds_S1)
     if weighting.exact_count:
         count_S = exact_count(t_S, length_S)
         m_S = count_S / np.maximum(length_S, 1)
-        is_masked_BL = smallest_of_segments(word_BL, maskable_BL, count_S, bounds_S1)
+        masked = replace(x0_BL, smallest_of_segments(*rows, seed, count_S), bounds_S1, mask_id)
     else:
         m_S = schedule.mask_ratio(torch.from_numpy(t_S)).numpy()
-        threshold_S = np.ceil(m_S * 2**24).astype(np.int32)
-        threshold_BL = np.repeat(threshold_S, np.diff(bounds_S1)).reshape(x0_BL.shape)
-        is_masked_BL = (uniform24(word_BL) < threshold_BL) & maskable_BL
-    stats = [torch.from_numpy(a.astype(np.float64)) for a in (t_S, count_in(is_masked_BL, bounds_S1), length_S)]
-    weight_S, elbo_weight_S = (w.fn(schedule, *stats).numpy() for w in (weighting, elbo))
+        masked = draw(*rows, m_S, seed=seed, mask_id=mask_id)
+    count_S = masked.num_masked_S.cpu().numpy()
+    stats = [torch.from_numpy(a.astype(np.float64)) for a in (t_S, count_S, length_S)]
+    weight_S, elbo_weight_S = (w.fn(schedule, *stats) for w in (weighting, elbo))
     return assemble(
-        x0_BL, is_masked_BL, mask_id, bounds_S1, weight_S=weight_S, elbo_weight_S=elbo_weight_S, m_S=m_S, t_S=t_S,
-        num_maskable_S=length_S, denominator=denominator, attention=attention,
+        masked, weight_S=weight_S, elbo_weight_S=elbo_weight_S, m_S=m_S, t_S=t_S, num_maskable_S=length_S,
+        denominator=denominator, attention=attention,
     )  # fmt: skip
+
+
+def checked_times(t_S, num_segments: int) -> np.ndarray:
+    """float64 [S]; ValueError unless each segment has a time in (0, 1]."""
+    t_S = np.asarray(t_S).astype(np.float64)
+    if t_S.shape != (num_segments,) or not np.all((t_S > 0) & (t_S <= 1)):
+        raise ValueError(f"each of the {num_segments} segments needs a time in (0, 1], got {t_S}")
+    return t_S
+
+
+class Masked(NamedTuple):
+    """What masking makes of clean rows: the fields that are needed of kernels/masking.py's value of this name."""
+
+    xt_BL: torch.Tensor
+    is_masked_BL: torch.Tensor
+    num_masked_S: torch.Tensor
+    rows_N: torch.Tensor
+    target_N: torch.Tensor
+
+
+def mask_tokens_here(x0_BL, sample_index_B, maskable_BL, bounds_S1, m_S, *, seed: int, mask_id: int) -> Masked:
+    """Each maskable position on its own, with its segment's probability m_S: an integer compare."""
+    word_BL = row_words(seed, sample_index_B, x0_BL.shape[1], Stream.MASK)
+    threshold_S = np.ceil(m_S * 2**24).astype(np.int32)
+    threshold_BL = np.repeat(threshold_S, np.diff(bounds_S1)).reshape(x0_BL.shape)
+    return replace(x0_BL, (uniform24(word_BL) < threshold_BL) & maskable_BL, bounds_S1, mask_id)
+
+
+def replace(x0_BL: np.ndarray, is_masked_BL: np.ndarray, bounds_S1: np.ndarray, mask_id: int) -> Masked:
+    """The clean rows with the mask id where is_masked_BL says."""
+    rows_N = np.flatnonzero(is_masked_BL)
+    return Masked(
+        xt_BL=torch.from_numpy(np.where(is_masked_BL, mask_id, x0_BL)),
+        is_masked_BL=torch.from_numpy(is_masked_BL),
+        num_masked_S=torch.from_numpy(count_in(is_masked_BL, bounds_S1)),
+        rows_N=torch.from_numpy(rows_N),
+        target_N=torch.from_numpy(x0_BL.reshape(-1)[rows_N]),
+    )
 
 
 def count_in(is_true_BL: np.ndarray, bounds_S1: np.ndarray) -> np.ndarray:
@@ -156,10 +193,9 @@ def smallest_words(word_BL: np.ndarray, maskable_BL: np.ndarray, count_B: np.nda
     return (key_BL <= last_B1) & (count_B > 0)[:, None]
 
 
-def smallest_of_segments(
-    word_BL: np.ndarray, maskable_BL: np.ndarray, count_S: np.ndarray, bounds_S1: np.ndarray
-) -> np.ndarray:
-    """`smallest_words` of each segment on its own."""
+def smallest_of_segments(x0_BL, sample_index_B, maskable_BL, bounds_S1, seed: int, count_S) -> np.ndarray:
+    """bool [B, L]: `smallest_words` of each segment on its own."""
+    word_BL = row_words(seed, sample_index_B, x0_BL.shape[1], Stream.MASK)
     if count_S.size == len(word_BL):
         return smallest_words(word_BL, maskable_BL, count_S)
     word, maskable, out = word_BL.reshape(1, -1), maskable_BL.reshape(1, -1), np.empty(word_BL.shape, bool)
@@ -169,22 +205,26 @@ def smallest_of_segments(
 
 
 def assemble(
-    x0_BL, is_masked_BL, mask_id: int, bounds_S1, *, weight_S, elbo_weight_S, m_S, t_S, num_maskable_S,
-    denominator: float | None, attention: Any = None,
+    masked: Masked, *, weight_S: torch.Tensor, elbo_weight_S: torch.Tensor, m_S: np.ndarray, t_S: np.ndarray,
+    num_maskable_S: np.ndarray, denominator: float | None, attention: Any = None,
 ) -> Corrupted:  # fmt: skip
-    """`Corrupted` from numpy arrays: the masks, and each segment's weights, mask ratio, time and maskable count."""
-    rows_N, count_S = np.flatnonzero(is_masked_BL), count_in(is_masked_BL, bounds_S1)
+    """`Corrupted` where the masks are, from each segment's weights, mask ratio, time and maskable count."""
+    num_masked, device = masked.rows_N.numel(), masked.rows_N.device
+
+    def of_tokens(values_S: torch.Tensor) -> torch.Tensor:
+        return torch.repeat_interleave(values_S.float().to(device), masked.num_masked_S, output_size=num_masked)
+
     return Corrupted(
-        xt_BL=torch.from_numpy(np.where(is_masked_BL, mask_id, x0_BL)),
-        is_masked_BL=torch.from_numpy(is_masked_BL),
-        rows_N=torch.from_numpy(rows_N),
-        target_N=torch.from_numpy(x0_BL.reshape(-1)[rows_N]),
-        weight_N=torch.from_numpy(np.repeat(weight_S.astype(np.float32), count_S)),
-        elbo_weight_N=torch.from_numpy(np.repeat(elbo_weight_S.astype(np.float32), count_S)),
-        kind_N=torch.full((rows_N.size,), KIND_MASKED, dtype=torch.uint8),
-        m_B=torch.from_numpy(m_S.astype(np.float32)),
-        t_B=torch.from_numpy(t_S),
-        num_maskable_B=torch.from_numpy(num_maskable_S),
+        xt_BL=masked.xt_BL,
+        is_masked_BL=masked.is_masked_BL,
+        rows_N=masked.rows_N,
+        target_N=masked.target_N,
+        weight_N=of_tokens(weight_S),
+        elbo_weight_N=of_tokens(elbo_weight_S),
+        kind_N=torch.full((num_masked,), KIND_MASKED, dtype=torch.uint8, device=device),
+        m_B=torch.from_numpy(m_S).float().to(device),
+        t_B=torch.from_numpy(t_S).to(device),
+        num_maskable_B=torch.from_numpy(num_maskable_S).to(device),
         denominator=None if denominator is None else float(denominator),
-        attention=attention,
+        attention=None if attention is None else attention.to(device),
     )

@@ -20,9 +20,8 @@ def masked_diffusion(
     `hidden_fn(xt_BL, *, m_B, rows_N, readout, attention)` runs the network and returns `readout(head)`;
     `head.cross_entropy(target_N, weight_N, z_loss)` gives (weighted sum, ce_N in nats, is_correct_N). loss_sum is the
     local sum of weighted cross-entropies, before the denominator, and of z_loss times each masked token's squared
-    log-sum-exp. stats: detached float64 that add up over micro-batches and ranks, scalars but for the bins, free of the
-    z-loss: nelbo_sum (nats), ce_sum (unweighted nats), num_masked, num_correct, and [NUM_BINS] by mask ratio ce_sum_bins
-    and num_masked_bins.
+    log-sum-exp. stats: detached float64 that add up over micro-batches and ranks, free of the z-loss: nelbo_sum (nats),
+    ce_sum (unweighted nats), num_masked, num_correct; by mask ratio, [NUM_BINS], ce_sum_bins and num_masked_bins.
     """
 
     def readout(head):

@@ -44,8 +44,8 @@ def segment_times(
     """float64 [S] times in (0, 1] of the segments of rows whose own times are t_B.
 
     Segment j of the J of a row has t = (t_row + (j + u_j)/J) mod 1, so a row's segments are stratified over time as
-    the rows of a batch are. u_0 = 0: a row's first segment, hence a row that is one, has the row's time. u_j: words 0, 1
-    of Philox(seed; sample low, high, first column of the segment, SEGMENT_TIME).
+    the rows of a batch are. u_0 = 0: a row's first segment, hence a row that is one, has the row's time. The other u_j
+    are words 0, 1 of Philox(seed; sample low, high, first column of the segment, SEGMENT_TIME).
     """
     row_S, column_S = np.divmod(bounds_S1[:-1].astype(np.int64), length)
     number_S = np.arange(row_S.size) - np.searchsorted(row_S, row_S)
@@ -65,7 +65,7 @@ def row_lengths(seed: int, sample_index_B: np.ndarray, length: int, share: float
 
 
 def cut_rows(rows: Rows, length_B: np.ndarray) -> Rows:
-    """The rows cut to these lengths: what lies beyond is not maskable, and a segment that none of the rest attends to."""
+    """The rows cut to these lengths: what lies beyond is not maskable, and makes segments of its own."""
     num_rows, length = rows.ids_BL.shape
     maskable_BL = rows.maskable_BL & (np.arange(length) < length_B[:, None])
     if np.all(length_B == length):

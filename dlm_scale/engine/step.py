@@ -51,7 +51,7 @@ def samples_of_rank(trainer: Trainer, state: TrainState) -> np.ndarray:
 
 
 def make_batch(trainer: Trainer, data, state: TrainState) -> list[Corrupted]:
-    """This rank's micro-batches of the step after `state`, noised, on the host.
+    """This rank's micro-batches of the step after `state`, noised, where `ops.masks_on` says.
 
     Ids, times and masks are functions of (seed, step, global sample) alone, so no layout changes them.
     """
@@ -91,6 +91,7 @@ def micro_batch(trainer: Trainer, data, sample_B: np.ndarray, t_B: np.ndarray) -
         denominator=denominator,
         maskable_BL=rows.maskable_BL,
         attention=attention,
+        mask_tokens=ops.masks_on(trainer.runtime.device),
     )
 
 
@@ -122,8 +123,8 @@ def train_step(trainer: Trainer, batch: Sequence[Corrupted], state: TrainState,
     weights and optimizer as they are. `enter` is told each phase as it begins; until `before_update` is called, nothing
     of the training state changes.
 
-    Returns device tensors, not yet summed over ranks: `sums`, float64, SCALARS then BINS; `losses`, the loss sums of the
-    micro-batches, and `grad_norm`, the true global norm before clipping; `is_skipped`; and `denominator`.
+    Returns device tensors, not yet summed over ranks: `sums` (float64, SCALARS then BINS), `losses` (loss sums of the
+    micro-batches) and `grad_norm` (the true global norm before clipping); and `is_skipped`, `denominator`.
     """
     engine, mesh = trainer.engine, trainer.runtime.mesh
     factor = rate_factor(state.step, trainer.config.train.num_steps, trainer.config.optimizer)
@@ -172,7 +173,7 @@ def loss_share(trainer: Trainer, result: dict[str, Any]) -> float:
 
 def reduce_sums(trainer: Trainer, sums: torch.Tensor) -> dict[str, Any]:
     """Statistics of the global batch: loss (z-loss included) and NELBO in nats a maskable token, mean CE and accuracy a
-    masked one, and the mean CE by mask ratio, None where a bin is empty. Collective; `sums` become those of all ranks."""
+    masked one, and its mean CE by mask ratio, None in an empty bin. Collective; `sums` become those of all ranks."""
     if trainer.runtime.mesh.data_size > 1:
         dist.all_reduce(sums, group=trainer.runtime.mesh.data_group)
     loss, nelbo, ce, masked, correct, maskable = sums[: len(SCALARS)].tolist()

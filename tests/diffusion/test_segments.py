@@ -133,14 +133,15 @@ def test_the_mean_of_a_packed_row_is_the_sum_of_its_documents_nelbos(chain, weig
     ce_XML = chain.ce_table(chain.random_net())
     num_rows, exact_X = 40_000 if weighting == "exact" else 150_000, chain.exact_nelbo(ce_XML)
     which = torch.from_numpy(np.random.default_rng(3).integers(0, len(chain.x_XL), (num_rows, 2)))
-    x0_BL = torch.cat([torch.zeros(num_rows, 2, dtype=torch.int64), chain.x_XL[which[:, 0]], chain.x_XL[which[:, 1]]], 1)
+    prompt = torch.zeros(num_rows, 2, dtype=torch.int64)
+    x0_BL = torch.cat([prompt, chain.x_XL[which[:, 0]], chain.x_XL[which[:, 1]]], 1)
     bounds_S1 = bounds_of(*[[2, 5, 5]] * num_rows)
     t_S = segment_times(4, np.arange(num_rows), stratified_times(4, 0, num_rows), bounds_S1, 12)
     maskable_BL = np.arange(12) >= 2 + np.zeros((num_rows, 1))
     c = noised(x0_BL, t_S, bounds_S1, weighting=weighting, maskable_BL=maskable_BL)
-    documents = [dataclasses.replace(c, xt_BL=xt, is_masked_BL=hit, rows_N=torch.arange(xt.numel()), target_N=x0.flatten())
-                 for xt, hit, x0 in zip(c.xt_BL[:, 2:].split(5, 1), c.is_masked_BL[:, 2:].split(5, 1),
-                                        x0_BL[:, 2:].split(5, 1))]
+    every_N = torch.arange(num_rows * 5)
+    documents = [dataclasses.replace(c, xt_BL=xt, is_masked_BL=hit, rows_N=every_N, target_N=x0.flatten())
+                 for xt, hit, x0 in zip(*(x[:, 2:].split(5, 1) for x in (c.xt_BL, c.is_masked_BL, x0_BL)))]
     ce_BL = torch.zeros(num_rows, 12)
     ce_BL[:, 2:] = torch.cat([chain.ce_fn(ce_XML)(document).view(num_rows, 5) for document in documents], 1)
     terms_N = c.weight_N.double() * ce_BL.flatten()[c.rows_N].double()
@@ -173,7 +174,8 @@ def test_a_cut_row_is_its_beginning_and_a_tail_without_loss():
     assert packed.bounds_S1.tolist() == [0, 2, 6, 8, 12, 13, 14, 18]
     t_B = np.array([0.5, 1.0, 1.0])
     t_S = segment_times(42, np.arange(3), t_B, cut.bounds_S1, 6)
-    c, short = noised(cut.ids_BL, t_S, cut.bounds_S1, maskable_BL=cut.maskable_BL), noised(cut.ids_BL[1:2, :2], t_B[1:2])
+    c = noised(cut.ids_BL, t_S, cut.bounds_S1, maskable_BL=cut.maskable_BL)
+    short = noised(cut.ids_BL[1:2, :2], t_B[1:2])
     assert c.num_maskable_B.tolist() == [6, 2, 0, 1, 0] and not c.is_masked_BL[1, 2:].any()
     assert c.weight_N[c.segment_N == 1].tolist() == short.weight_N.tolist() == [1.5, 1.5]
 

@@ -47,8 +47,9 @@ def test_packed_rows_are_hashed_with_their_documents_and_whole_rows_as_ever():
     def hashes(bounds, times, rows=slice(0, 4)):
         index = np.arange(4)[rows]
         attention = Segments(torch.tensor(bounds, dtype=torch.int32))
-        return row_hashes(corrupt(ids_BL[rows], index, times, seed=1, schedule=SCHEDULES["linear"],
-                                  weighting=WEIGHTINGS["count"], mask_id=9, denominator=1.0, attention=attention)).tolist()
+        packed = corrupt(ids_BL[rows], index, times, seed=1, schedule=SCHEDULES["linear"], attention=attention,
+                         weighting=WEIGHTINGS["count"], mask_id=9, denominator=1.0)
+        return row_hashes(packed).tolist()
 
     base = hashes([0, 12, 17, 24, 36, 48], times_S)
     whole = row_hashes(noised(np.arange(4), ids_BL, times_S[[0, 1, 3, 4]])).tolist()

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
 
 from dlm_scale import ops
 from dlm_scale.config import ModelConfig
 from dlm_scale.data.vocabulary import Vocabulary
+from dlm_scale.engine.evaluation import cross_entropy_fn
+from dlm_scale.inference import Inference
 from dlm_scale.model.initialise import initial_values
 from dlm_scale.model.parameters import parameter_table
 from dlm_scale.model.sharding import contiguous_runs, full_box
@@ -140,6 +144,30 @@ def test_segments_equal_each_document_alone():
         torch.testing.assert_close(packed[start:stop], alone, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("softcap", [None, 0.5])
+def test_the_cap_of_the_logits_is_in_every_reading_of_the_head(softcap):
+    """Training, log-probabilities (sampling) and evaluation speak of one distribution."""
+    model, plain = (randomised(made(tied=False, logit_softcap=cap)) for cap in (softcap, None))
+    x_BL, target_N = ids(LAST), torch.arange(24) % 4
+    wanted = logits(plain, x_BL)
+    wanted = wanted if softcap is None else softcap * torch.tanh(wanted / softcap)
+    wanted[..., LAST.mask_id :] = -torch.inf
+    capped, rows = logits(model, x_BL), torch.arange(24)
+    torch.testing.assert_close(capped, wanted)
+    log_probs = model(x_BL, rows_N=rows, readout=lambda head: head.log_probs())
+    torch.testing.assert_close(log_probs, F.log_softmax(wanted.flatten(0, 1), -1))
+    loss, ce_N, _ = cross_entropy(model, x_BL, target_N)
+    torch.testing.assert_close(ce_N, -log_probs.gather(1, target_N[:, None])[:, 0])
+    with_z = model(x_BL, rows_N=rows, readout=lambda head: head.cross_entropy(target_N, torch.ones(24), 0.1))
+    torch.testing.assert_close(with_z[0], loss + 0.1 * torch.logsumexp(wanted.flatten(0, 1), -1).square().sum())
+    assert torch.equal(with_z[1], ce_N)
+    ask = SimpleNamespace(xt_BL=x_BL, m_B=None, rows_N=rows, target_N=target_N, weight_N=torch.ones(24), attention=None,
+                          to=lambda device: ask)
+    assert torch.equal(cross_entropy_fn(model, torch.device("cpu"))(ask), ce_N)
+    made_for = Inference(model, None, SimpleNamespace(vocabulary=LAST), None, torch.device("cpu"), None, "param")
+    assert torch.equal(made_for.predict(x_BL, rows), log_probs)
+
+
 def test_a_packed_document_is_conditioned_on_its_own_mask_ratio():
     model, x_BL = randomised(made(time_conditioning="adaln")), ids(LAST)
     mask, m_S = ops.Segments(torch.tensor([0, 5, 12, 15, 24], dtype=torch.int32)), torch.tensor([0.1, 0.9, 0.4, 0.7])
@@ -223,3 +251,15 @@ def test_initial_values_are_a_function_of_the_logical_index(view, box):
         found = initial_values(spec, 9, box, start, min(3, part.size - start))
         assert np.array_equal(found, part[start : start + 3])
     assert not np.array_equal(whole, initial_values(spec, 10, full_box(view), 0, spec.numel).reshape(view))
+
+
+def test_compiled_blocks_are_compiled_twice_whatever_the_number_of_segments():
+    compiled, plain, counter = *(randomised(made(time_conditioning="adaln")) for _ in range(2)), CompileCounter()
+    for block in compiled.blocks:
+        block.compile(dynamic=None, backend=counter)
+    for cut in (1, 3, 5, 7, 9):
+        mask = ops.Segments(torch.tensor([*range(cut), 12, 24], dtype=torch.int32))
+        m_S = torch.rand(cut + 1, generator=torch.Generator().manual_seed(cut))
+        found, wanted = (logits(model, ids(LAST), attention=mask, m_B=m_S) for model in (compiled, plain))
+        torch.testing.assert_close(found, wanted)
+    assert counter.frame_count == 2
