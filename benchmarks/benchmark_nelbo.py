@@ -23,7 +23,7 @@ import torch
 from common import arguments, machine, report
 
 from dlm_scale.data.loader import ValidationData
-from dlm_scale.diffusion.corruption import assemble
+from dlm_scale.diffusion.corruption import assemble, replace
 from dlm_scale.diffusion.draws import ESTIMATORS, evaluation_draws
 from dlm_scale.diffusion.likelihood import sums_of_draws
 from dlm_scale.diffusion.segments import row_bounds
@@ -41,8 +41,10 @@ def mdlm_draws(x0_BL: np.ndarray, mask_id: int, num_draws: int, seed: int, over:
         stratified_B = (rows_B + uniform_B) / num_rows if over == "rows" else (draw + uniform_B) / num_draws
         t_B = EPS + (1 - EPS) * stratified_B
         is_masked_BL = generator.random(x0_BL.shape) < t_B[:, None]
-        yield assemble(x0_BL, is_masked_BL, mask_id, row_bounds(num_rows, length), weight_S=1 / t_B, elbo_weight_S=1 / t_B,
-                       m_S=t_B, t_S=t_B, num_maskable_S=np.full(num_rows, length), denominator=1.0)  # fmt: skip
+        weight_B = torch.from_numpy(1 / t_B)
+        yield assemble(replace(x0_BL, is_masked_BL, row_bounds(num_rows, length), mask_id), weight_S=weight_B,
+                       elbo_weight_S=weight_B, m_S=t_B, t_S=t_B, num_maskable_S=np.full(num_rows, length),
+                       denominator=1.0)  # fmt: skip
 
 
 def arms(x0_BL: np.ndarray, mask_id: int, num_draws: int) -> dict[str, Callable[[int], Any]]:

@@ -47,6 +47,9 @@ class Full:
 class Causal:
     """Position i sees positions 0..i (the autoregressive twin, annealing)."""
 
+    def to(self, device, non_blocking: bool = False) -> Causal:
+        return self
+
 
 @dataclass(frozen=True)
 class Segments:

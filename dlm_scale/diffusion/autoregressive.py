@@ -5,13 +5,12 @@ attention; position i then predicts token i from tokens 0 ... i-1. So all L toke
 nothing, and nats per token mean the same as a NELBO over the same rows: both are of the whole row.
 """
 
-import dataclasses
 from typing import Any
 
 import numpy as np
 import torch
 
-from dlm_scale.diffusion.corruption import Corrupted, assemble, clean_rows
+from dlm_scale.diffusion.corruption import Corrupted, assemble, clean_rows, replace
 from dlm_scale.diffusion.segments import row_bounds
 
 
@@ -29,9 +28,10 @@ def shifted(
     no loss. Mask ratio and time are 1, for a token sees nothing of itself or after it.
     """
     x0_BL, sample_index_B, maskable_BL = clean_rows(x0_BL, sample_index_B, maskable_BL, mask_id)
-    ones_B = np.ones(len(x0_BL))
-    corrupted = assemble(
-        x0_BL, maskable_BL, mask_id, row_bounds(*x0_BL.shape), weight_S=ones_B, elbo_weight_S=ones_B, m_S=ones_B,
-        t_S=ones_B, num_maskable_S=maskable_BL.sum(1), denominator=denominator, attention=causal,
+    ones_B, weight_B = np.ones(len(x0_BL)), torch.ones(len(x0_BL))
+    predicted = replace(x0_BL, maskable_BL, row_bounds(*x0_BL.shape), mask_id)
+    return assemble(
+        predicted._replace(xt_BL=moved_right(torch.from_numpy(x0_BL), mask_id)), weight_S=weight_B,
+        elbo_weight_S=weight_B, m_S=ones_B, t_S=ones_B.copy(), num_maskable_S=maskable_BL.sum(1),
+        denominator=denominator, attention=causal,
     )  # fmt: skip
-    return dataclasses.replace(corrupted, xt_BL=moved_right(torch.from_numpy(x0_BL), mask_id))

@@ -109,9 +109,7 @@ def evaluation_draws(
                 stream = Stream.EVAL + 256 * (replicate * num_passes + i)
                 word_BL = row_words(seed, row_index_B, x0_BL.shape[1], stream)
                 is_masked_BL = smallest_words(word_BL, maskable_BL, count_B)
-            m_B = count_B / np.maximum(length_B, 1)
-            weight_S, masked = torch.from_numpy(weight_B), replace(x0_BL, is_masked_BL, row_bounds(*x0_BL.shape), mask_id)
-            yield assemble(
-                masked, weight_S=weight_S, elbo_weight_S=weight_S, m_S=m_B, t_S=m_B.copy(), num_maskable_S=length_B,
-                denominator=1.0,
-            )  # fmt: skip
+            m_B, weight_S = count_B / np.maximum(length_B, 1), torch.from_numpy(weight_B)
+            masked = replace(x0_BL, is_masked_BL, row_bounds(*x0_BL.shape), mask_id)
+            yield assemble(masked, weight_S=weight_S, elbo_weight_S=weight_S, m_S=m_B, t_S=m_B.copy(),
+                           num_maskable_S=length_B, denominator=1.0)  # fmt: skip
