@@ -159,7 +159,7 @@ class DataConfig(Section):
     @property
     def has_segments(self) -> bool:
         """Whether rows may consist of segments, whose number changes from batch to batch."""
-        return self.random_length_share > 0
+        return self.random_length_share > 0 or self.packing != "none"
 
 
 class ParallelConfig(Section):
