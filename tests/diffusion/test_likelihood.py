@@ -35,12 +35,28 @@ def estimate(ce_fn, x0_BL, seed=0, num_draws=4, maskable_BL=None, first=0, estim
 def mean_over_offsets(chain, ce_XML, estimator, num_passes, length=L):
     """[X] the exact mean of one replicate: its plan at every offset of a grid on which the sizes' law is exact, and all
     subsets of each size."""
-    grid = (np.arange(840) + 0.5) / 840  # the sizes change at multiples of 1/(5 D) and 1/(6 D) alone
+    edges = np.unique(np.concatenate([[0.0, 1.0], _changes(estimator, num_passes, length)]))
+    middle, width = (edges[:-1] + edges[1:]) / 2, np.diff(edges)
     size_M, share = chain.masks_ML.sum(-1), torch.zeros(len(chain.masks_ML), dtype=torch.float64)
-    for count_B, weight_B in ESTIMATORS[estimator].plan(grid, np.full(840, length), num_passes):
-        for count, weight in zip(count_B.tolist(), weight_B.tolist()):
-            share += (size_M == count).double() * weight / math.comb(length, count)
-    return ce_XML.sum(-1) @ share / 840 / num_passes
+    for count_B, weight_B in ESTIMATORS[estimator].plan(middle, np.full(len(middle), length), num_passes):
+        for count, weight, part in zip(count_B.tolist(), weight_B.tolist(), width.tolist()):
+            share += (size_M == count).double() * weight * part / math.comb(length, count)
+    return ce_XML.sum(-1) @ share / num_passes
+
+
+def _changes(estimator, num_passes, length):
+    """Offsets in (0, 1) at which a size changes, found by bisection."""
+    found, fine = [], np.linspace(0, 1, 2001)[:-1] + 1e-7
+    sizes = np.stack([count for count, _ in ESTIMATORS[estimator].plan(fine, np.full(2000, length), num_passes)])
+    for at in np.flatnonzero((np.diff(sizes) != 0).any(0)):
+        low, high = fine[at], fine[at + 1]
+        for _ in range(60):
+            middle = (low + high) / 2
+            plan = ESTIMATORS[estimator].plan(np.array([middle]), np.array([length]), num_passes)
+            same = [int(count[0]) for count, _ in plan] == sizes[:, at].tolist()
+            low, high = (middle, high) if same else (low, middle)
+        found.append(high)
+    return found
 
 
 @pytest.mark.parametrize("estimator, num_passes", [("exact", 1), ("exact", 4), ("pairs", 2), ("pairs", 4)])
@@ -50,17 +66,24 @@ def test_an_estimators_mean_over_all_its_masks_is_the_exact_nelbo(chain, estimat
     assert (found - chain.exact_nelbo(ce_XML)).abs().max() < 1e-12
 
 
-def test_the_bias_of_the_quadrature_is_that_of_rounding(chain):
-    """Its mean is the rule applied to the curve over the sizes; with one node a size on average, within 1/L of it."""
+def test_the_quadrature_is_the_rule_on_the_curve_over_the_sizes(chain):
+    """Between two sizes the curve is a straight line: so a curve that is one has no error but at its ends."""
     ce_XML = chain.ce_table(chain.random_net())
     exact, size_M = chain.exact_nelbo(ce_XML), chain.masks_ML.sum(-1)
     curve_XL = torch.stack([ce_XML.sum(-1)[:, size_M == n].mean(1) / n for n in range(1, L + 1)], 1)
     nodes, weights = np.polynomial.legendre.leggauss(4)
-    size_D = np.floor((nodes + 1) / 2 * L).astype(int)
+    place_D = np.clip((nodes + 1) / 2 * L + 0.5, 1, L)
+    rule_X = sum(w / 2 * torch.lerp(curve_XL[:, int(s) - 1], curve_XL[:, min(int(s), L - 1)], s - int(s))
+                 for w, s in zip(weights, place_D))
     found = mean_over_offsets(chain, ce_XML, "quadrature", 4)
-    assert (found - L * curve_XL[:, size_D] @ torch.from_numpy(weights / 2)).abs().max() < 1e-12
+    assert (found - L * rule_X).abs().max() < 1e-9
     spread = curve_XL.amax(1) - curve_XL.amin(1)
     assert 1e-3 < (found - exact).abs().max() and ((found - exact).abs() < spread).all()
+    for length in (32, 500):  # on a straight line the error is that of the ends alone
+        sizes = np.linspace(0, 1, 4001)[:-1] + 1e-5
+        total = sum(((1 + 2 * count / length) * count * weight / length).mean() / 4
+                    for count, weight in ESTIMATORS["quadrature"].plan(sizes, np.full(4000, length), 4))
+        assert total == pytest.approx(np.mean(1 + 2 * np.arange(1, length + 1) / length), abs=1e-4)
 
 
 def test_the_usual_weights_on_pairs_would_be_biased_below(chain):
@@ -73,17 +96,32 @@ def test_the_usual_weights_on_pairs_would_be_biased_below(chain):
     assert (ce_XML.sum(-1) @ share < chain.exact_nelbo(ce_XML) - 1e-3).all()
 
 
-def test_a_pair_masks_every_maskable_token_once():
-    x0_BL, maskable_BL = np.zeros((60, 9), np.int64), np.arange(9) < np.arange(60)[:, None] % 10
-    options = dict(seed=0, num_draws=8, mask_id=1, maskable_BL=maskable_BL, estimator="pairs")
+@pytest.mark.parametrize("estimator", ["pairs", "quadrature"])
+def test_a_pair_masks_every_maskable_token_once_and_one_of_them_twice(estimator):
+    x0_BL, length_B = np.zeros((60, 9), np.int64), np.arange(60) % 10
+    maskable_BL = np.arange(9) < length_B[:, None]
+    options = dict(seed=0, num_draws=8, mask_id=1, maskable_BL=maskable_BL, estimator=estimator)
     draws = list(evaluation_draws(x0_BL, np.arange(60), **options))
     for one, other in zip(draws[::2], draws[1::2], strict=True):
-        assert np.array_equal((one.is_masked_BL ^ other.is_masked_BL).numpy(), maskable_BL)
-        assert not (one.is_masked_BL & other.is_masked_BL).any()
-        n_B = one.is_masked_BL.sum(1)
-        assert torch.equal(one.weight_N, ((maskable_BL.sum(1) + 1) / n_B.double()).float()[one.rows_N // 9])
+        assert np.array_equal((one.is_masked_BL | other.is_masked_BL).numpy(), maskable_BL)
+        assert (one.is_masked_BL & other.is_masked_BL).sum(1).tolist() == (length_B > 0).tolist()
+        ratio = one.weight_N * one.is_masked_BL.sum(1)[one.rows_N // 9] / torch.from_numpy(length_B)[one.rows_N // 9]
+        assert torch.allclose(ratio, ratio[:1])  # a share for the stratum, and L/l
     sizes_KB = np.stack([draw.is_masked_BL.sum(1).numpy() for draw in draws])
-    assert (sizes_KB[0] <= 3).all() and (sizes_KB[2, maskable_BL.sum(1) == 9] >= 2).all()  # strata of half of 0..L
+    assert (sizes_KB[0, length_B > 0] <= 2).all() and (sizes_KB[0] + sizes_KB[1] == length_B + (length_B > 0)).all()
+
+
+def test_both_sets_of_a_pair_are_uniform(chi_square_p):
+    """Given its size, every subset is as likely, of the mirror too."""
+    draws = list(evaluation_draws(np.zeros((60_000, 4), np.int64), np.arange(60_000), seed=3, num_draws=4, mask_id=1,
+                                  estimator="pairs"))
+    for draw in draws:
+        number_B = (draw.is_masked_BL * torch.tensor([8, 4, 2, 1])).sum(1).numpy()
+        for size in range(1, 4):
+            of_size = [n for n in range(16) if bin(n).count("1") == size]
+            observed = np.array([(number_B == n).sum() for n in of_size])
+            if observed.sum():
+                assert chi_square_p(observed, np.full(len(of_size), observed.sum() / len(of_size))) > 1e-4
 
 
 @pytest.mark.parametrize("estimator, num_draws", [("exact", 2), ("exact", 8), ("pairs", 4)])
