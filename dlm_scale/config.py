@@ -70,6 +70,7 @@ class ModelConfig(Section):
     norm_eps: PositiveFloat = 1e-6
     tied: bool = Field(default_factory=lambda values: values["hidden_size"] <= TIED_UP_TO_WIDTH)
     time_conditioning: Literal["none", "adaln"] = "none"
+    logit_softcap: PositiveFloat | None = None  # logits are cap * tanh(logits / cap)
     init_std: PositiveFloat = 0.02
 
 
@@ -78,6 +79,7 @@ class DiffusionConfig(Section):
 
     schedule: Literal["linear", "loglinear", "poly", "cosine", "cosine2", "cos", "geometric"] = "linear"
     weighting: Literal["count", "elbo", "exact", "simple"] = "count"
+    z_loss: NonNegativeFloat = 0.0  # times the squared log-sum-exp of each masked token, in the loss only
 
 
 class Source(Section):
@@ -115,6 +117,7 @@ class DataConfig(Section):
     train: Annotated[tuple[Source, ...], BeforeValidator(_sources), Field(min_length=1)]
     validation: Text | None = None
     synthetic_vocab_size: Annotated[int, Field(ge=2, lt=2**31)] | None = None
+    random_length_share: Ratio = 0.0  # of the training rows, cut to a length uniform on 1..seq_len
     skip_samples: Annotated[
         tuple[tuple[NonNegative, NonNegative], ...], BeforeValidator(_sample_ranges), AfterValidator(_ascending)
     ] = ()

@@ -41,8 +41,10 @@ class Inference:
         """Log-probabilities [N, V] float32 of the clean ids at flat positions (docs/design.md, signature 3)."""
         import torch
 
+        from dlm_scale.ops import segment_means
+
         x_BL, rows_N = x_BL.to(self.device), rows_N.to(self.device)
-        m_B = (x_BL == self.vocabulary.mask_id).float().mean(dim=1)
+        m_B = segment_means((x_BL == self.vocabulary.mask_id).float(), attention)
         with torch.no_grad():
             return self.model(x_BL, m_B=m_B, rows_N=rows_N, readout=lambda head: head.log_probs(), attention=attention)
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import torch.distributed as dist
@@ -62,6 +63,9 @@ class Segments:
         flat = torch.arange(num_rows * length, device=self.cu_seqlens.device, dtype=torch.int32)
         return torch.bucketize(flat, self.cu_seqlens[1:], right=True).view(num_rows, length)
 
+    def to(self, device, non_blocking: bool = False) -> Segments:
+        return Segments(self.cu_seqlens.to(device, non_blocking=non_blocking))
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -92,6 +96,13 @@ def positions_BL(mask: AttentionMask, num_rows: int, length: int, device: torch.
         return position_L[None]
     flat_BL = torch.arange(num_rows * length, device=device).view(num_rows, length)
     return flat_BL - mask.cu_seqlens[mask.ids_BL(num_rows, length)].long()
+
+
+def segment_means(x_BL: torch.Tensor, mask: AttentionMask | None) -> torch.Tensor:
+    """Mean of each row [B], or with `Segments` of each segment [S]."""
+    if not isinstance(mask, Segments):
+        return x_BL.mean(dim=1)
+    return torch.segment_reduce(x_BL.flatten(), "mean", lengths=mask.cu_seqlens.diff().long())
 
 
 def _sdpa(q_BLHE, k_BLGE, v_BLGE, mask):
@@ -251,23 +262,26 @@ def _attention_error(backend: AttentionBackend, device: str, dtype: torch.dtype,
     return max(((a.float() - b).abs().max() / b.abs().max()).item() for a, b in zip(*results))
 
 
-def linear_cross_entropy(hidden_ND, weight_VD, target_N, weight_N, bias_V=None, vocab_start=0, group=None):
+def linear_cross_entropy(
+    hidden_ND, weight_VD, target_N, weight_N, bias_V=None, vocab_start=0, group=None, terms: LossTerms = LossTerms()
+):
     """Weighted cross-entropy of the vocabulary projection, on selected rows only.
 
     hidden [N,D], weight [V,D] (this rank's rows of the table, from `vocab_start`), target [N] int64 ids, weight_N [N]
-    float32, bias [V] float32 added to the logits (-inf suppresses an id). `group` shards the vocabulary.
+    float32, bias [V] float32 added to the logits (-inf suppresses an id). `group` shards the vocabulary. `terms`:
+    softcap, z-loss and label smoothing (kernels/linear_cross_entropy.py).
 
-    Returns (sum of weight*ce, float32 scalar connected to the graph also at N = 0; ce [N] float32, detached;
-    is_correct [N] bool).
+    Returns (sum of weight*ce and of the terms, float32 scalar connected to the graph also at N = 0; ce [N] float32,
+    detached, without terms but of the capped logits; is_correct [N] bool).
     """
-    return linear_cross_entropy_outputs(hidden_ND, weight_VD, target_N, weight_N, bias_V, vocab_start, group)[:3]
+    return linear_cross_entropy_outputs(hidden_ND, weight_VD, target_N, weight_N, bias_V, vocab_start, group, terms)[:3]
 
 
 def linear_cross_entropy_outputs(
     hidden_ND, weight_VD, target_N, weight_N, bias_V=None, vocab_start=0, group=None,
     terms: LossTerms = LossTerms(), backend: str | None = None,
 ) -> CrossEntropy:  # fmt: skip
-    """The same with softcap, z-loss and label smoothing (`terms`), and with the log-sum-exp among the side outputs."""
+    """The same with the log-sum-exp among the side outputs, and a choice of the backend."""
     if _kernels(backend, "linear_cross_entropy", hidden_ND) == "reference":
         run = linear_cross_entropy_ref
     else:
@@ -292,6 +306,38 @@ def mask_tokens(x0_BL, sample_index_B, noise: Noise, *, backend: str | None = No
     if _kernels(backend, "masking", x0_BL) == "reference":
         return mask_tokens_ref(x0_BL, sample_index_B, noise, **options)
     return _triton("masking").mask_tokens(x0_BL, sample_index_B, noise, **options)
+
+
+def masks_on(device: torch.device) -> Callable | None:
+    """What draws the masks of a training batch for `diffusion.corruption.corrupt`; None: numpy, on the host."""
+    if choose_masking(REQUESTED_KERNELS, device.type)[0] == "numpy":
+        return None
+    return partial(mask_on_device, device=device)
+
+
+def choose_masking(requested: str, device: str) -> tuple[str, str]:
+    """("numpy" or "triton", why). Not the kernel unless it is asked for: numpy works a step ahead in the loader's
+    thread, at ten times any GPU's rate of training, and the host must know how many positions are masked before the
+    device is asked to gather them; the kernel's launch would be followed by a wait for that number."""
+    if requested == "triton":
+        return choose_kernels("masking", requested, device)
+    if requested not in ("auto", "reference"):
+        raise BackendError(f"kernels {requested!r} are unknown: use auto, triton or reference")
+    return "numpy", "on the host, a step ahead of the device, which then waits for nothing"
+
+
+def mask_on_device(
+    x0_BL, sample_index_B, maskable_BL, bounds_S1, m_S, *, seed: int, mask_id: int, device: torch.device
+) -> Masked:
+    """The masks of `diffusion.corruption.mask_tokens_here` by the kernel: numpy arrays in, tensors on `device` out.
+
+    Works from any thread; the caller's thread waits for the number of masked positions.
+    """
+    arrays = (x0_BL, sample_index_B, maskable_BL, bounds_S1, m_S)
+    x0_BL, sample_index_B, maskable_BL, bounds_S1, m_S = (torch.from_numpy(values).to(device) for values in arrays)
+    options = {"mask_id": mask_id, "cu_seqlens": bounds_S1, "maskable_BL": maskable_BL}
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        return _triton("masking").mask_tokens(x0_BL, sample_index_B, Noise(m_S, None, seed), **options)
 
 
 def _triton(op: str):
@@ -330,9 +376,11 @@ def _kernel_obstacle(op: str, device: str) -> str | None:
     return None if error < 1e-3 else f"it differs from the reference by {error:.1e}"
 
 
-def linear_logits(hidden_ND, weight_VD, bias_V=None, group=None) -> torch.Tensor:
+def linear_logits(hidden_ND, weight_VD, bias_V=None, group=None, softcap: float | None = None) -> torch.Tensor:
     """Float32 logits [N, V of the whole table] of selected rows, gathered over `group`."""
     logits_NV = F.linear(hidden_ND, weight_VD).float()
+    if softcap is not None:
+        logits_NV = softcap * torch.tanh(logits_NV / softcap)
     if bias_V is not None:
         logits_NV = logits_NV + bias_V
     if group is None:
@@ -350,8 +398,9 @@ def chosen_backends() -> dict[str, str]:
         "attention": lambda: choose_attention(REQUESTED_ATTENTION, device, dtype, 64, Full),
         "attention, packed": lambda: choose_attention(REQUESTED_ATTENTION, device, dtype, 64, Segments),
         "linear_cross_entropy": lambda: choose_kernels("linear_cross_entropy", REQUESTED_KERNELS, device),
+        "masking": lambda: choose_masking(REQUESTED_KERNELS, device),
     }
-    return {op: _told(choose) for op, choose in calls.items()} | {"masking": "numpy Philox on the host"}
+    return {op: _told(choose) for op, choose in calls.items()}
 
 
 def _told(choose: Callable[[], tuple[str, str]]) -> str:

@@ -6,7 +6,10 @@ a chunk while it is there, in the forward pass. Autograd holds only [N, D] and [
 
 With z the logits (softcap * tanh(x / softcap), then the bias), a row's loss is its weight times
 
-    (1 - label_smoothing) (lse - z_target) + label_smoothing (lse - mean of the allowed z) + z_loss lse**2
+    (1 - label_smoothing) (lse - z_target) + label_smoothing (lse - mean of the allowed z)
+
+and each row of a weight that is not 0 adds z_loss lse**2, whatever the weight: it holds the logits in place and is no
+part of the likelihood, so the weights of time, which may be large, do not act on it.
 
 Sources: z-loss: PaLM (arXiv 2204.02311); softcap: Gemma 2 (2408.00118); vocabulary-parallel: Megatron-LM (1909.08053).
 """
@@ -21,6 +24,7 @@ import torch.distributed as dist
 
 CHUNK_BYTES = 64 << 20  # of logits at a time on a CPU: the table is read, and its gradient added to, once a chunk
 BLOCK_BYTES = 1 << 20  # of float32 logits at a time on a CPU: all passes over them stay in the second-level cache
+WIDE_ROWS = 2048  # of the table, whose gradients are made in float32 at a time from 16-bit numbers
 GPU_CHUNK_ROWS = 8192
 LOWEST = -1e30  # below every logit; finite, so that a shard with no allowed id adds exp(-inf) = 0 and not NaN
 
@@ -111,7 +115,8 @@ def _block_ref(logits_CV, column_C, weight_C, job: Job) -> Statistics:
     exp_CV = z_CV.sub_(best_C[:, None]).exp_()
     found = reduce_statistics(best_C, exp_CV.sum(1), picked_C, total_C, job.group)
     if job.needs_grad:
-        scale_C = weight_C * (1 + 2 * job.terms.z_loss * found.lse_C) * (best_C - found.lse_C).exp()
+        pull_C = 2 * job.terms.z_loss * found.lse_C * (weight_C != 0)
+        scale_C = (weight_C + pull_C) * (best_C - found.lse_C).exp()
         grad_CV = exp_CV.mul_(scale_C[:, None])
         if allowed_CV is not None:
             grad_CV -= allowed_CV * (weight_C * job.share)[:, None]
@@ -149,8 +154,11 @@ def _add_product(total_VD, dlogits_CV, hidden_CD, is_only_chunk: bool):
         return torch.mm(left_VC, hidden_CD, out_dtype=torch.float32)
     if hidden_CD.is_cuda:
         return torch.addmm(total_VD, left_VC, hidden_CD, out_dtype=torch.float32, out=total_VD)
-    product_VD = left_VC @ hidden_CD
-    return product_VD.float() if total_VD is None else total_VD.add_(product_VD)
+    wide_CD = hidden_CD.float()  # a CPU's matmul would round each chunk's product to 16 bits
+    total_VD = wide_CD.new_zeros(len(left_VC), wide_CD.shape[1]) if total_VD is None else total_VD
+    for total, left in zip(total_VD.split(WIDE_ROWS), left_VC.split(WIDE_ROWS)):
+        total.addmm_(left.float(), wide_CD)
+    return total_VD
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -209,9 +217,10 @@ def _outputs(found: Statistics | None, weight_N: torch.Tensor, job: Job) -> Cros
     loss_N = ce_N
     if smoothing:
         loss_N = (1 - smoothing) * ce_N + smoothing * lse_N - job.share * total_N
+    loss_sum = (loss_N * weight_N).sum()
     if job.terms.z_loss:
-        loss_N = loss_N + job.terms.z_loss * lse_N.square()
-    return CrossEntropy((loss_N * weight_N).sum(), ce_N, picked_N >= best_N, lse_N)
+        loss_sum = loss_sum + job.terms.z_loss * (lse_N.square() * (weight_N != 0)).sum()
+    return CrossEntropy(loss_sum, ce_N, picked_N >= best_N, lse_N)
 
 
 def _smoothing_share(weight_VD, bias_V, group, terms: LossTerms) -> float:
@@ -287,13 +296,3 @@ def _chunk_scores(hidden_CD, weight_VD, column_C, bias_V, softcap):
     best_C = best_C.clamp(min=LOWEST)
     sum_C = z_CV.sub_(best_C[:, None]).exp_().sum(1)
     return best_C, sum_C, best_column_C, torch.where(is_here_C, picked_C, 0.0)
-
-
-def cross_entropy_by_bin(ce_N: torch.Tensor, m_N: torch.Tensor, num_bins: int) -> torch.Tensor:
-    """float64 [2, num_bins]: sum of ce and number of rows by mask ratio m in (0, 1], in bins of equal width.
-
-    Sums add up over micro-batches and ranks. Deterministic (a matmul, no atomics).
-    """
-    bin_N = (m_N.double() * num_bins).ceil().long().clamp(1, num_bins) - 1
-    is_in_bin = (bin_N[:, None] == torch.arange(num_bins, device=m_N.device)).double()
-    return torch.stack([ce_N.double(), torch.ones_like(ce_N, dtype=torch.float64)]) @ is_in_bin

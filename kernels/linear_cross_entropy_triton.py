@@ -95,17 +95,19 @@ def chunk_kernel(
     if GRADIENT:
         tl.debug_barrier()  # the target's logit has been read by every thread before one overwrites it
         row_weight = tl.load(weight + row)
+        pull = tl.where(row_weight == 0.0, 0.0, 2.0 * z_loss * lse)
         for first in range(0, num_columns, BLOCK):
             column = first + tl.arange(0, BLOCK)
             inside = column < num_columns
             capped, z = _logits(logits, bias, column, inside, softcap, HAS_CAP, HAS_BIAS)
-            gradient = tl.exp(z - lse) * (1.0 + 2.0 * z_loss * lse)
-            gradient -= tl.where(column == column_of_target, 1.0 - smoothing, 0.0)
+            probability = tl.exp(z - lse)
+            gradient = probability - tl.where(column == column_of_target, 1.0 - smoothing, 0.0)
             if HAS_SHARE:
                 gradient -= tl.where(z == float("-inf"), 0.0, share)
+            gradient = gradient * row_weight + probability * pull
             if HAS_CAP:
                 gradient *= 1.0 - (capped / softcap) * (capped / softcap)
-            tl.store(logits + column, (gradient * row_weight).to(logits.dtype.element_ty), mask=inside)
+            tl.store(logits + column, gradient.to(logits.dtype.element_ty), mask=inside)
 
 
 def chunk_triton(logits_CV: torch.Tensor, target_C: torch.Tensor, weight_C: torch.Tensor, job: Job) -> Statistics:

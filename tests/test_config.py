@@ -478,6 +478,7 @@ def test_what_changes_the_result_is_not_neutral():
     neutral = {key for key in known_keys() if is_result_neutral(key)}
     assert {"train.save_every", "train.stop_at_step", "parallel.tensor_parallel_size", "train.eval_draws"} <= neutral
     assert not any(key.startswith(("model.", "diffusion.", "optimizer.")) for key in neutral)
+    assert "data.random_length_share" not in neutral
     assert not neutral & {"train.global_batch_size", "train.num_steps", "train.precision", "train.ema_decay"}
 
 

@@ -20,7 +20,7 @@ ALLOWED = {  # room -> the rooms it may import, beside itself
     "config": BASE | {"config_text", "deepspeed_keys"},
     "diffusion": set(),
     "kernels": set(),
-    "data": BASE | {"diffusion.rng"},
+    "data": BASE | {"diffusion.rng", "diffusion.segments"},
     "ops": BASE | {"kernels"},
     "parallel": BASE,
     "model": BASE | {"ops", "parallel", "diffusion"},

@@ -1,17 +1,21 @@
 """The forward process: what is masked in a batch of clean rows, and what each masked token weighs.
 
-Legend: B rows, L positions, N masked positions of the flattened batch. Noise is a function of (seed, global sample
-index, column) alone, so the same rows get the same masks in whatever batch they stand.
+Legend: B rows, L positions, S segments, N masked positions of the flattened batch. A segment is what shares one time:
+a row, or one of the documents packed into it (segments.py). Noise is a function of (seed, global sample index, column)
+alone, so the same rows get the same masks in whatever batch they stand.
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from dlm_scale.diffusion.rng import Stream, counter_of, philox, uniform24
 from dlm_scale.diffusion.schedule import Schedule
+from dlm_scale.diffusion.segments import check_bounds, row_bounds
 from dlm_scale.diffusion.weighting import Weighting, elbo_weighting, min_time
 
 KIND_MASKED = 0
@@ -23,8 +27,12 @@ class Corrupted:
 
     xt_BL int64 noised ids; is_masked_BL bool; rows_N int64 flat indices b*L + i, ascending; target_N int64 clean ids;
     weight_N float32 weights in the loss; elbo_weight_N float32 weights that estimate the NELBO (nats per row, summed);
-    kind_N uint8 (KIND_MASKED); m_B float32 mask ratios; t_B float64 times; num_maskable_B int64;
-    denominator: maskable positions of the GLOBAL batch, so that the loss is sum(weight * ce) / denominator.
+    kind_N uint8 (KIND_MASKED). Of each row, or where documents are packed of each segment: m_B float32 mask ratios;
+    t_B float64 times; num_maskable_B int64.
+    denominator: maskable positions of the GLOBAL batch, so that the loss is sum(weight * ce) / denominator; None where
+    one rank does not know them (the train step then sums them over the ranks).
+    attention: the mask value that the network needs, with `cu_seqlens` int32 [S+1] and `to(device)`; None: every
+    position of a row sees every other.
     """
 
     xt_BL: torch.Tensor
@@ -37,57 +45,113 @@ class Corrupted:
     m_B: torch.Tensor
     t_B: torch.Tensor
     num_maskable_B: torch.Tensor
-    denominator: float
+    denominator: float | None
+    attention: Any = None
+
+    @property
+    def segment_N(self) -> torch.Tensor:
+        """int64: the segment that each masked position belongs to."""
+        if self.attention is None:
+            return self.rows_N // self.xt_BL.shape[1]
+        return torch.bucketize(self.rows_N, self.attention.cu_seqlens[1:], right=True)
 
     def to(self, device, non_blocking: bool = False) -> "Corrupted":
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        tensors = {k: v.to(device, non_blocking=non_blocking) for k, v in fields.items() if torch.is_tensor(v)}
-        return dataclasses.replace(self, **tensors)
+        moved = {k: v.to(device, non_blocking=non_blocking) for k, v in fields.items() if hasattr(v, "to")}
+        return dataclasses.replace(self, **moved)
 
 
 def corrupt(
     x0_BL,
     sample_index_B: np.ndarray,
-    t_B: np.ndarray,
+    t_S: np.ndarray,
     *,
     seed: int,
     schedule: Schedule,
     weighting: Weighting,
     mask_id: int,
-    denominator: float,
+    denominator: float | None,
     maskable_BL=None,
+    attention: Any = None,
+    mask_tokens: Callable | None = None,
 ) -> Corrupted:
-    """Masks the clean int64 ids x0_BL (numpy or torch, on the CPU) at times t_B in (0, 1].
+    """Masks the clean int64 ids x0_BL (numpy or torch, on the CPU) at times t_S in (0, 1], one for each segment.
 
     Each maskable position is masked on its own with probability m(t) (up to 2**-24), or, for an exact-count
-    weighting, a uniform subset of ceil(L t) positions is. sample_index_B: global sample indices. maskable_BL: bool,
-    default all True; the rest (padding, prompts) is never masked and carries no loss.
-    Raises ValueError for shapes or times that do not fit, for a schedule that the weighting does not allow, and for
-    clean rows that hold the mask id at a maskable position.
+    weighting, a uniform subset of ceil(L t) positions of each segment is. sample_index_B: global sample indices.
+    maskable_BL: bool, default all True; the rest (padding, prompts) is never masked and carries no loss. attention:
+    a mask value whose `cu_seqlens` are the bounds of the segments; default: the rows are the segments. mask_tokens:
+    where else than here independent positions are drawn, with the same bits: `ops.masks_on`.
+    Raises ValueError for shapes, bounds or times that do not fit, for a schedule that the weighting does not allow, and
+    for clean rows that hold the mask id at a maskable position.
     """
     x0_BL, sample_index_B, maskable_BL = clean_rows(x0_BL, sample_index_B, maskable_BL, mask_id)
-    t_B = np.asarray(t_B).astype(np.float64)
-    if t_B.shape != sample_index_B.shape or not np.all((t_B > 0) & (t_B <= 1)):
-        raise ValueError(f"each of the {len(x0_BL)} rows needs a time in (0, 1], got {t_B}")
+    bounds_S1 = row_bounds(*x0_BL.shape) if attention is None else np.asarray(attention.cu_seqlens)
+    check_bounds(bounds_S1, *x0_BL.shape)
+    t_S, length_S = checked_times(t_S, bounds_S1.size - 1), count_in(maskable_BL, bounds_S1)
     if weighting.requires_linear and not schedule.is_linear:
         raise ValueError(f"weighting {weighting.name!r} needs the linear schedule, got {schedule.name!r}")
-    length_B = maskable_BL.sum(1)
     elbo = elbo_weighting(weighting, schedule)
     if elbo.clamps_time:
-        t_B = np.maximum(t_B, min_time(np.maximum(length_B, 1)))
-    word_BL = row_words(seed, sample_index_B, x0_BL.shape[1], Stream.MASK)
+        t_S = np.maximum(t_S, min_time(np.maximum(length_S, 1)))
+    draw, rows = mask_tokens or mask_tokens_here, (x0_BL, sample_index_B, maskable_BL, bounds_S1)
     if weighting.exact_count:
-        count_B = exact_count(t_B, length_B)
-        is_masked_BL, m_B = smallest_words(word_BL, maskable_BL, count_B), count_B / np.maximum(length_B, 1)
+        count_S = exact_count(t_S, length_S)
+        m_S = count_S / np.maximum(length_S, 1)
+        masked = replace(x0_BL, smallest_of_segments(*rows, seed, count_S), bounds_S1, mask_id)
     else:
-        m_B = schedule.mask_ratio(torch.from_numpy(t_B)).numpy()
-        is_masked_BL = (uniform24(word_BL) < np.ceil(m_B * 2**24)[:, None]) & maskable_BL
-    stats = [torch.from_numpy(a.astype(np.float64)) for a in (t_B, is_masked_BL.sum(1), length_B)]
-    weight_B, elbo_weight_B = (w.fn(schedule, *stats).numpy() for w in (weighting, elbo))
+        m_S = schedule.mask_ratio(torch.from_numpy(t_S)).numpy()
+        masked = draw(*rows, m_S, seed=seed, mask_id=mask_id)
+    count_S = masked.num_masked_S.cpu().numpy()
+    stats = [torch.from_numpy(a.astype(np.float64)) for a in (t_S, count_S, length_S)]
+    weight_S, elbo_weight_S = (w.fn(schedule, *stats) for w in (weighting, elbo))
     return assemble(
-        x0_BL, is_masked_BL, mask_id, weight_B=weight_B, elbo_weight_B=elbo_weight_B, m_B=m_B, t_B=t_B,
-        num_maskable_B=length_B, denominator=denominator,
+        masked, weight_S=weight_S, elbo_weight_S=elbo_weight_S, m_S=m_S, t_S=t_S, num_maskable_S=length_S,
+        denominator=denominator, attention=attention,
     )  # fmt: skip
+
+
+def checked_times(t_S, num_segments: int) -> np.ndarray:
+    """float64 [S]; ValueError unless each segment has a time in (0, 1]."""
+    t_S = np.asarray(t_S).astype(np.float64)
+    if t_S.shape != (num_segments,) or not np.all((t_S > 0) & (t_S <= 1)):
+        raise ValueError(f"each of the {num_segments} segments needs a time in (0, 1], got {t_S}")
+    return t_S
+
+
+class Masked(NamedTuple):
+    """What masking makes of clean rows: the fields that are needed of kernels/masking.py's value of this name."""
+
+    xt_BL: torch.Tensor
+    is_masked_BL: torch.Tensor
+    num_masked_S: torch.Tensor
+    rows_N: torch.Tensor
+    target_N: torch.Tensor
+
+
+def mask_tokens_here(x0_BL, sample_index_B, maskable_BL, bounds_S1, m_S, *, seed: int, mask_id: int) -> Masked:
+    """Each maskable position on its own, with its segment's probability m_S: an integer compare."""
+    word_BL = row_words(seed, sample_index_B, x0_BL.shape[1], Stream.MASK)
+    threshold_S = np.ceil(m_S * 2**24).astype(np.int32)
+    threshold_BL = np.repeat(threshold_S, np.diff(bounds_S1)).reshape(x0_BL.shape)
+    return replace(x0_BL, (uniform24(word_BL) < threshold_BL) & maskable_BL, bounds_S1, mask_id)
+
+
+def replace(x0_BL: np.ndarray, is_masked_BL: np.ndarray, bounds_S1: np.ndarray, mask_id: int) -> Masked:
+    """The clean rows with the mask id where is_masked_BL says."""
+    rows_N = np.flatnonzero(is_masked_BL)
+    return Masked(
+        xt_BL=torch.from_numpy(np.where(is_masked_BL, mask_id, x0_BL)),
+        is_masked_BL=torch.from_numpy(is_masked_BL),
+        num_masked_S=torch.from_numpy(count_in(is_masked_BL, bounds_S1)),
+        rows_N=torch.from_numpy(rows_N),
+        target_N=torch.from_numpy(x0_BL.reshape(-1)[rows_N]),
+    )
+
+
+def count_in(is_true_BL: np.ndarray, bounds_S1: np.ndarray) -> np.ndarray:
+    """int64 [S]: how many positions of each segment are true."""
+    return np.add.reduceat(is_true_BL.reshape(-1), bounds_S1[:-1], dtype=np.int64)
 
 
 def clean_rows(x0_BL, index_B, maskable_BL, mask_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -124,22 +188,38 @@ def smallest_words(word_BL: np.ndarray, maskable_BL: np.ndarray, count_B: np.nda
     return (key_BL <= last_B1) & (count_B > 0)[:, None]
 
 
+def smallest_of_segments(x0_BL, sample_index_B, maskable_BL, bounds_S1, seed: int, count_S) -> np.ndarray:
+    """bool [B, L]: `smallest_words` of each segment on its own."""
+    word_BL = row_words(seed, sample_index_B, x0_BL.shape[1], Stream.MASK)
+    if count_S.size == len(word_BL):
+        return smallest_words(word_BL, maskable_BL, count_S)
+    word, maskable, out = word_BL.reshape(1, -1), maskable_BL.reshape(1, -1), np.empty(word_BL.shape, bool)
+    for segment, part in enumerate(map(slice, bounds_S1, bounds_S1[1:])):
+        out.reshape(-1)[part] = smallest_words(word[:, part], maskable[:, part], count_S[segment : segment + 1])[0]
+    return out
+
+
 def assemble(
-    x0_BL, is_masked_BL, mask_id: int, *, weight_B, elbo_weight_B, m_B, t_B, num_maskable_B, denominator: float
-) -> Corrupted:
-    """`Corrupted` from numpy arrays: the masks, and each row's weights, mask ratio, time and maskable count."""
-    rows_N = np.flatnonzero(is_masked_BL)
-    row_of_N = rows_N // x0_BL.shape[1]
+    masked: Masked, *, weight_S: torch.Tensor, elbo_weight_S: torch.Tensor, m_S: np.ndarray, t_S: np.ndarray,
+    num_maskable_S: np.ndarray, denominator: float | None, attention: Any = None,
+) -> Corrupted:  # fmt: skip
+    """`Corrupted` where the masks are, from each segment's weights, mask ratio, time and maskable count."""
+    num_masked, device = masked.rows_N.numel(), masked.rows_N.device
+
+    def of_tokens(values_S: torch.Tensor) -> torch.Tensor:
+        return torch.repeat_interleave(values_S.float().to(device), masked.num_masked_S, output_size=num_masked)
+
     return Corrupted(
-        xt_BL=torch.from_numpy(np.where(is_masked_BL, mask_id, x0_BL)),
-        is_masked_BL=torch.from_numpy(is_masked_BL),
-        rows_N=torch.from_numpy(rows_N),
-        target_N=torch.from_numpy(x0_BL.reshape(-1)[rows_N]),
-        weight_N=torch.from_numpy(weight_B[row_of_N].astype(np.float32)),
-        elbo_weight_N=torch.from_numpy(elbo_weight_B[row_of_N].astype(np.float32)),
-        kind_N=torch.full((rows_N.size,), KIND_MASKED, dtype=torch.uint8),
-        m_B=torch.from_numpy(m_B.astype(np.float32)),
-        t_B=torch.from_numpy(t_B),
-        num_maskable_B=torch.from_numpy(num_maskable_B),
-        denominator=float(denominator),
+        xt_BL=masked.xt_BL,
+        is_masked_BL=masked.is_masked_BL,
+        rows_N=masked.rows_N,
+        target_N=masked.target_N,
+        weight_N=of_tokens(weight_S),
+        elbo_weight_N=of_tokens(elbo_weight_S),
+        kind_N=torch.full((num_masked,), KIND_MASKED, dtype=torch.uint8, device=device),
+        m_B=torch.from_numpy(m_S).float().to(device),
+        t_B=torch.from_numpy(t_S).to(device),
+        num_maskable_B=torch.from_numpy(num_maskable_S).to(device),
+        denominator=None if denominator is None else float(denominator),
+        attention=None if attention is None else attention.to(device),
     )

@@ -16,8 +16,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dlm_scale.diffusion.corruption import Corrupted, assemble, clean_rows, exact_count, row_words, smallest_words
+from dlm_scale.diffusion.corruption import (
+    Corrupted,
+    assemble,
+    clean_rows,
+    exact_count,
+    replace,
+    row_words,
+    smallest_words,
+)
 from dlm_scale.diffusion.rng import Stream, counter_of, philox, uniform53
+from dlm_scale.diffusion.segments import row_bounds
 from dlm_scale.diffusion.timestep import wrap_time
 
 NUM_BINS = 10
@@ -80,9 +89,10 @@ def _evaluation_draw(x0_BL, row_index_B, maskable_BL, seed, draw, draws_per_repl
     count_B = exact_count(t_B, length_B)
     is_masked_BL = smallest_words(word_BL, maskable_BL, count_B)
     weight_B, m_B = length_B / np.maximum(count_B, 1), count_B / np.maximum(length_B, 1)
+    weight_B = torch.from_numpy(weight_B)
     return assemble(
-        x0_BL, is_masked_BL, mask_id, weight_B=weight_B, elbo_weight_B=weight_B, m_B=m_B, t_B=t_B,
-        num_maskable_B=length_B, denominator=1.0,
+        replace(x0_BL, is_masked_BL, row_bounds(*x0_BL.shape), mask_id), weight_S=weight_B, elbo_weight_S=weight_B,
+        m_S=m_B, t_S=t_B, num_maskable_S=length_B, denominator=1.0,
     )  # fmt: skip
 
 

@@ -13,13 +13,25 @@ from dlm_scale.diffusion.corruption import Corrupted
 
 
 def row_hashes(corrupted: Corrupted) -> np.ndarray:
-    """xxh3-64 of each row's noised ids, clean ids at the masked places, mask and time; int64 [B]."""
+    """xxh3-64 of each row's noised ids, clean ids at the masked places, mask, and its times with, if it has several,
+    the bounds of their segments; int64 [B]."""
     xt_BL, mask_BL = corrupted.xt_BL.cpu().numpy(), corrupted.is_masked_BL.cpu().numpy()
     clean_BL = xt_BL.copy()
     clean_BL.reshape(-1)[corrupted.rows_N.cpu().numpy()] = corrupted.target_N.cpu().numpy()
-    parts = (clean_BL, xt_BL, mask_BL, corrupted.t_B.cpu().numpy())
+    parts = (clean_BL, xt_BL, mask_BL, _times(corrupted))
     digests = [xxhash.xxh3_64(b"".join(part[row].tobytes() for part in parts)).intdigest() for row in range(len(xt_BL))]
     return np.array(digests, dtype=np.uint64).view(np.int64)
+
+
+def _times(corrupted: Corrupted) -> list[np.ndarray]:
+    """Of each row: its time, or its segments' times and where in the row they begin."""
+    t_S, (num_rows, length) = corrupted.t_B.cpu().numpy(), corrupted.xt_BL.shape
+    if corrupted.attention is None:
+        return list(t_S)
+    start_S = corrupted.attention.cu_seqlens[:-1].cpu().numpy()
+    of_rows = np.searchsorted(start_S, np.arange(1, num_rows) * length)
+    pairs = zip(np.split(t_S, of_rows), np.split(start_S % length, of_rows), strict=True)
+    return [times if len(times) == 1 else np.concatenate([times, starts]) for times, starts in pairs]
 
 
 def batch_hash(batch: Sequence[Corrupted], mesh, device: torch.device) -> str:

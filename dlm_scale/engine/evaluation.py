@@ -21,7 +21,8 @@ def cross_entropy_fn(module: Any, device: torch.device):
         corrupted = corrupted.to(device)
         weight_N = torch.ones_like(corrupted.weight_N)
         ask = lambda head: head.cross_entropy(corrupted.target_N, weight_N)  # noqa: E731
-        return module(corrupted.xt_BL, m_B=corrupted.m_B, rows_N=corrupted.rows_N, readout=ask)[1]
+        return module(corrupted.xt_BL, m_B=corrupted.m_B, rows_N=corrupted.rows_N, readout=ask,
+                      attention=corrupted.attention)[1]
 
     return ce_fn
 

@@ -114,7 +114,9 @@ class Clock:
 def step_record(trainer, batch, result, state: TrainState, following: TrainState, clock: Clock) -> dict[str, Any]:
     """The line of a logged step; what is not finite is null. Collective: statistics and hashes are gathered over the
     data-parallel ranks."""
-    means = {name: finite(value) for name, value in reduce_sums(trainer, result["sums"]).items()}
+    means = reduce_sums(trainer, result["sums"])
+    means = {name: [c and finite(c) for c in value] if isinstance(value, list) else finite(value)
+             for name, value in means.items()}
     options = trainer.config.optimizer
     return {
         "step": following.step,

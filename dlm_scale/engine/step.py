@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,9 +10,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from dlm_scale import ops
 from dlm_scale.diffusion.corruption import Corrupted, corrupt
 from dlm_scale.diffusion.objective import masked_diffusion
 from dlm_scale.diffusion.schedule import SCHEDULES
+from dlm_scale.diffusion.segments import Rows, cut_rows, row_lengths, segment_times
 from dlm_scale.diffusion.timestep import stratified_times
 from dlm_scale.diffusion.weighting import WEIGHTINGS
 from dlm_scale.engine.build import Trainer
@@ -21,7 +24,8 @@ from dlm_scale.engine.optimizer import rate_factor
 from dlm_scale.engine.state import TrainState
 from dlm_scale.engine.state_access import inner_optimizer
 
-STATS = ("nelbo_sum", "ce_sum", "num_masked", "num_correct")
+SCALARS = ("loss_sum", "nelbo_sum", "ce_sum", "num_masked", "num_correct", "num_maskable")
+BINS = ("ce_sum_bins", "num_masked_bins")
 
 
 def rows_of_rank(trainer: Trainer) -> np.ndarray:
@@ -45,27 +49,56 @@ def samples_of_rank(trainer: Trainer, state: TrainState) -> np.ndarray:
 
 
 def make_batch(trainer: Trainer, data, state: TrainState) -> list[Corrupted]:
-    """This rank's micro-batches of the step after `state`, noised, on the host.
+    """This rank's micro-batches of the step after `state`, noised, where `ops.masks_on` says.
 
     Ids, times and masks are functions of (seed, step, global sample) alone, so no layout changes them.
     """
-    config = trainer.config
-    times_G = stratified_times(config.train.seed, state.step, config.train.global_batch_size)
-    denominator = float(config.train.global_batch_size * config.model.seq_len)
-    samples_AB = samples_of_rank(trainer, state)
-    return [
-        corrupt(
-            data.rows(sample_B),
-            sample_B,
-            times_G[rows_B],
-            seed=config.train.seed,
-            schedule=SCHEDULES[config.diffusion.schedule],
-            weighting=WEIGHTINGS[config.diffusion.weighting],
-            mask_id=trainer.vocabulary.mask_id,
-            denominator=denominator,
-        )
-        for rows_B, sample_B in zip(rows_of_rank(trainer), samples_AB, strict=True)
-    ]
+    train = trainer.config.train
+    times_G = stratified_times(train.seed, state.step, train.global_batch_size)
+    pairs = zip(rows_of_rank(trainer), samples_of_rank(trainer, state), strict=True)
+    return [micro_batch(trainer, data, sample_B, times_G[rows_B]) for rows_B, sample_B in pairs]
+
+
+def micro_batch(trainer: Trainer, data, sample_B: np.ndarray, t_B: np.ndarray) -> Corrupted:
+    """The rows of some global samples, noised at their times.
+
+    `data.rows(sample_B)` gives int64 [B, L], or `Rows` where documents are packed or positions carry no loss; a run's
+    rows are all of one kind, for with `Rows` the ranks ask each other for the denominator.
+    """
+    config, length = trainer.config, trainer.config.model.seq_len
+    given = data.rows(sample_B)
+    is_whole = not isinstance(given, Rows) and not config.data.random_length_share
+    rows = given if isinstance(given, Rows) else Rows(given, np.ones(given.shape, bool))
+    if config.data.random_length_share:
+        rows = cut_rows(rows, row_lengths(config.train.seed, sample_B, length, config.data.random_length_share))
+    attention, t_S = None, t_B
+    if rows.bounds_S1 is not None:
+        attention = ops.Segments(torch.from_numpy(rows.bounds_S1))
+        t_S = segment_times(config.train.seed, sample_B, t_B, rows.bounds_S1, length)
+    return corrupt(
+        rows.ids_BL,
+        sample_B,
+        t_S,
+        seed=config.train.seed,
+        schedule=SCHEDULES[config.diffusion.schedule],
+        weighting=WEIGHTINGS[config.diffusion.weighting],
+        mask_id=trainer.vocabulary.mask_id,
+        denominator=float(config.train.global_batch_size * length) if is_whole else None,
+        maskable_BL=rows.maskable_BL,
+        attention=attention,
+        mask_tokens=ops.masks_on(trainer.runtime.device),
+    )
+
+
+def with_denominator(trainer: Trainer, batch: Sequence[Corrupted]) -> list[Corrupted]:
+    """The micro-batches with the global batch's maskable positions. Collective if they are not known beforehand."""
+    if batch[0].denominator is not None:
+        return list(batch)
+    mine = float(sum(corrupted.num_maskable_B.sum() for corrupted in batch))
+    count = torch.tensor(mine, dtype=torch.float64, device=trainer.runtime.device)
+    if trainer.runtime.mesh.data_size > 1:
+        dist.all_reduce(count, group=trainer.runtime.mesh.data_group)
+    return [dataclasses.replace(corrupted, denominator=max(1.0, count.item())) for corrupted in batch]
 
 
 def train_step(trainer: Trainer, batch: Sequence[Corrupted], state: TrainState,
@@ -77,19 +110,20 @@ def train_step(trainer: Trainer, batch: Sequence[Corrupted], state: TrainState,
     weights and optimizer as they are. `enter` is told each phase as it begins; until `before_update` is called, nothing
     of the training state changes.
 
-    Returns device tensors, not yet summed over ranks: `sums` float64 [1 + len(STATS)] (loss sum first), `losses`, the
-    loss sums of the micro-batches, and `grad_norm`, the true global norm before clipping; and `is_skipped`.
+    Returns device tensors, not yet summed over ranks: `sums` (float64, SCALARS then BINS), `losses` (loss sums of the
+    micro-batches) and `grad_norm` (the true global norm before clipping); and `is_skipped`, `denominator`.
     """
     engine, mesh = trainer.engine, trainer.runtime.mesh
     factor = rate_factor(state.step, trainer.config.train.num_steps, trainer.config.optimizer)
     for group in engine.optimizer.param_groups:
         group["lr"] = trainer.config.optimizer.learning_rate * factor
-    sums, losses = torch.zeros(1 + len(STATS), dtype=torch.float64, device=trainer.runtime.device), []
+    sums, losses, batch = 0.0, [], with_denominator(trainer, batch)
     for corrupted in batch:
         enter("forward")
         corrupted = corrupted.to(trainer.runtime.device)
-        loss_sum, stats = masked_diffusion(engine, corrupted)
-        sums += torch.stack([loss_sum.detach().double(), *(stats[name] for name in STATS)])
+        loss_sum, stats = masked_diffusion(engine, corrupted, trainer.config.diffusion.z_loss)
+        found = {"loss_sum": loss_sum.detach(), **stats, "num_maskable": corrupted.num_maskable_B.sum()}
+        sums = sums + torch.cat([torch.stack([found[name].double() for name in SCALARS]), *(stats[b] for b in BINS)])
         losses.append(loss_sum.detach())
         enter("backward")
         # DeepSpeed averages gradients over the data-parallel ranks: undo that, and its division by the accumulation.
@@ -101,7 +135,8 @@ def train_step(trainer: Trainer, batch: Sequence[Corrupted], state: TrainState,
             norm = clip_by_global_norm(trainer, trainer.config.optimizer.gradient_clip)
             is_skipped = prepare_update(trainer, norm, factor)
         engine.step()
-    return {"sums": sums, "losses": losses, "grad_norm": norm, "is_skipped": is_skipped}
+    return {"sums": sums, "losses": losses, "grad_norm": norm, "is_skipped": is_skipped,
+            "denominator": batch[0].denominator}
 
 
 def prepare_update(trainer: Trainer, norm: torch.Tensor, factor: float) -> bool:
@@ -120,19 +155,20 @@ def prepare_update(trainer: Trainer, norm: torch.Tensor, factor: float) -> bool:
 
 def loss_share(trainer: Trainer, result: dict[str, Any]) -> float:
     """What this rank adds to the global batch's loss in nats a token: the sum over all ranks is that loss."""
-    tokens = trainer.config.train.global_batch_size * trainer.config.model.seq_len
-    return float(sum(result["losses"])) / tokens / trainer.runtime.mesh.tensor_size
+    return float(sum(result["losses"])) / result["denominator"] / trainer.runtime.mesh.tensor_size
 
 
-def reduce_sums(trainer: Trainer, sums: torch.Tensor) -> dict[str, float]:
-    """Statistics of the global batch: loss and NELBO in nats a maskable token, mean CE and accuracy a masked one."""
+def reduce_sums(trainer: Trainer, sums: torch.Tensor) -> dict[str, Any]:
+    """Statistics of the global batch: loss (z-loss included) and NELBO in nats a maskable token, mean CE and accuracy a
+    masked one, and its mean CE by mask ratio, None in an empty bin. Collective; `sums` become those of all ranks."""
     if trainer.runtime.mesh.data_size > 1:
         dist.all_reduce(sums, group=trainer.runtime.mesh.data_group)
-    loss, nelbo, ce, masked, correct = sums.tolist()
-    tokens = trainer.config.train.global_batch_size * trainer.config.model.seq_len
+    loss, nelbo, ce, masked, correct, maskable = sums[: len(SCALARS)].tolist()
+    ce_bins, num_bins = sums[len(SCALARS) :].view(len(BINS), -1).tolist()
     return {
-        "loss": loss / tokens,
-        "nelbo": nelbo / tokens,
+        "loss": loss / max(1.0, maskable),
+        "nelbo": nelbo / max(1.0, maskable),
         "masked_ce": ce / max(1.0, masked),
         "masked_accuracy": correct / max(1.0, masked),
+        "ce_by_mask_ratio": [ce / num if num else None for ce, num in zip(ce_bins, num_bins)],
     }

@@ -26,6 +26,7 @@ class ModelShape(Protocol):
     norm_eps: float
     tied: bool
     time_conditioning: str
+    logit_softcap: float | None
     init_std: float
 
 

@@ -128,7 +128,8 @@ class TimeEmbedding(nn.Module):
 class Block(nn.Module):
     """Pre-norm attention and MLP; with adaLN, scale, shift and gate of both from the conditioning vector.
 
-    The modulation starts at zero, where it is the identity: the first step equals the time-agnostic model.
+    The modulation starts at zero, where it is the identity: the first step equals the time-agnostic model. The
+    conditioning vectors are one a row, or with `segment_BL` one a segment, of which it tells each position's.
     """
 
     def __init__(self, config: ModelShape, layers: Any):
@@ -140,12 +141,13 @@ class Block(nn.Module):
         self.modulation = Linear(TIME_WIDTH, 6 * config.hidden_size) if config.time_conditioning == "adaln" else None
         self.over_sequence = layers.over_sequence
 
-    def forward(self, x_BLD, rotary, mask, condition_BC=None) -> torch.Tensor:
+    def forward(self, x_BLD, rotary, mask, condition_SC=None, segment_BL=None) -> torch.Tensor:
         if self.modulation is None:
             x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), rotary, mask)
             return x_BLD + self.mlp(self.mlp_norm(x_BLD))
-        parts = self.over_sequence(self.modulation(F.silu(condition_BC)))[:, None, :].chunk(6, dim=-1)
-        scale1, shift1, gate1, scale2, shift2, gate2 = parts
+        modulation_SD = self.over_sequence(self.modulation(F.silu(condition_SC)))
+        modulation_BLD = modulation_SD[:, None, :] if segment_BL is None else modulation_SD[segment_BL]
+        scale1, shift1, gate1, scale2, shift2, gate2 = modulation_BLD.chunk(6, dim=-1)
         attended = self.attention(self.attention_norm(x_BLD) * (1 + scale1) + shift1, rotary, mask)
         x_BLD = x_BLD + (1 + gate1) * attended
         return x_BLD + (1 + gate2) * self.mlp(self.mlp_norm(x_BLD) * (1 + scale2) + shift2)
@@ -158,19 +160,20 @@ class HeadView:
         self.hidden_ND = hidden_ND
         self._head = head
 
-    def cross_entropy(self, target_N: torch.Tensor, weight_N: torch.Tensor):
-        """(weighted sum, ce [N], is_correct [N]) of the clean ids `target_N`."""
+    def cross_entropy(self, target_N: torch.Tensor, weight_N: torch.Tensor, z_loss: float = 0.0):
+        """(weighted sum and z-loss, ce [N], is_correct [N]) of the clean ids `target_N`."""
         head = self._head
         bias_V = head.local_bias(self.hidden_ND.device)
         return ops.linear_cross_entropy(
-            self.hidden_ND, head.weight, target_N, weight_N, bias_V, head.vocab_start, head.group
-        )
+            self.hidden_ND, head.weight, target_N, weight_N, bias_V, head.vocab_start, head.group,
+            ops.LossTerms(head.softcap, z_loss),
+        )  # fmt: skip
 
     def logits(self) -> torch.Tensor:
         """Float32 [N, V]; suppressed ids at -inf."""
         head = self._head
         bias_V = head.local_bias(self.hidden_ND.device)
-        return ops.linear_logits(self.hidden_ND, head.weight, bias_V, head.group)[:, : head.num_outputs]
+        return ops.linear_logits(self.hidden_ND, head.weight, bias_V, head.group, head.softcap)[:, : head.num_outputs]
 
     def log_probs(self) -> torch.Tensor:
         """Normalised float32 [N, V]."""
@@ -178,11 +181,12 @@ class HeadView:
 
 
 class Head(nn.Module):
-    """The output table: its own weight, or the input table's when tied (one parameter, two places)."""
+    """The output table: its own weight, or the input table's when tied (one parameter, two places); and the cap of the
+    logits, which all readings share."""
 
-    def __init__(self, table: nn.Module, vocabulary: Any, layers: Any):
+    def __init__(self, table: nn.Module, vocabulary: Any, layers: Any, softcap: float | None):
         super().__init__()
-        self.weight = table.weight
+        self.weight, self.softcap = table.weight, softcap
         self.group = layers.group
         self.num_outputs = vocabulary.num_outputs
         self.rows = table.weight.ds_shape[0] if hasattr(table.weight, "ds_shape") else table.weight.shape[0]
@@ -218,8 +222,8 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layers) for _ in range(config.num_layers))
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
         table = self.embedding if config.tied else layers.embedding(vocabulary.num_outputs, config.hidden_size)
-        self.head = Head(table, vocabulary, layers)
-        self.select_rows = layers.select_rows
+        self.head = Head(table, vocabulary, layers, config.logit_softcap)
+        self.select_rows, self.own_positions = layers.select_rows, layers.own_positions
 
     def forward(
         self,
@@ -230,18 +234,22 @@ class Transformer(nn.Module):
         m_B: torch.Tensor | None = None,
         attention: ops.AttentionMask | None = None,
     ) -> Any:
-        """xt [B,L] int64, rows [N] flat positions, m [B] mask ratio (used with time conditioning only)."""
+        """xt [B,L] int64, rows [N] flat positions, m the mask ratio [B] of each row, or with `Segments` [S] of each
+        segment (used with time conditioning only)."""
         mask = attention or ops.Full()
         positions = ops.positions_BL(mask, *xt_BL.shape, xt_BL.device)
         rotary = rotary_tables(positions, self.head_dim, self.rope_base)
-        condition_BC = self.time_embedding(m_B) if self.time_embedding is not None else None
+        condition_SC, segment_BL = None, None
+        if self.time_embedding is not None:
+            condition_SC = self.time_embedding(m_B)
+            segment_BL = self.own_positions(mask.ids_BL(*xt_BL.shape)) if isinstance(mask, ops.Segments) else None
         hidden_BLD = self.embedding(xt_BL)
         for number, block in enumerate(self.blocks):
-            hidden_BLD = self._run(block, number, hidden_BLD, rotary, mask, condition_BC)
+            hidden_BLD = self._run(block, number, hidden_BLD, rotary, mask, condition_SC, segment_BL)
         selected_ND = self.select_rows(hidden_BLD, rows_N)
         return self.head(self.final_norm(selected_ND), readout)
 
-    def _run(self, block, number, hidden_BLD, rotary, mask, condition_BC) -> torch.Tensor:
+    def _run(self, block, number, *inputs) -> torch.Tensor:
         if self.checkpoint_every and number % self.checkpoint_every == 0 and torch.is_grad_enabled():
-            return checkpoint(block, hidden_BLD, rotary, mask, condition_BC, use_reentrant=False)
-        return block(hidden_BLD, rotary, mask, condition_BC)
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)

@@ -57,12 +57,14 @@ class LocalLayers:
     """Whole layers on one rank: tensor-parallel size 1.
 
     `over_heads` and `over_sequence` wrap replicated parameters of which a rank sees only its heads, or only its
-    positions, so that their gradients become whole: nothing to do here.
+    positions, so that their gradients become whole: nothing to do here. `own_positions` keeps of a [B, L] tensor the
+    positions whose hidden states this rank has.
     """
 
     size, rank, group = 1, 0, None
     over_heads = over_sequence = staticmethod(identity)
     select_rows = staticmethod(select_rows)
+    own_positions = staticmethod(identity)
 
     def column(self, num_in: int, num_out: int) -> nn.Module:
         """A linear layer whose outputs are split over the tensor-parallel ranks."""

@@ -92,6 +92,9 @@ class TensorLayers:
     def _select_sharded(self, hidden_BLD: torch.Tensor, rows_N: torch.Tensor) -> torch.Tensor:
         return collectives.select_sharded_rows(hidden_BLD, rows_N, self.group)
 
+    def own_positions(self, x_BL: torch.Tensor) -> torch.Tensor:
+        return x_BL.chunk(self.size, dim=1)[self.rank] if self.sequence_parallel else x_BL
+
     def column(self, num_in: int, num_out: int) -> Column:
         return Column(num_in, num_out, self._config, self.group, self.group if self.sequence_parallel else None)
 

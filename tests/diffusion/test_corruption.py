@@ -10,6 +10,7 @@ from dlm_scale.diffusion.corruption import KIND_MASKED, corrupt, exact_count, sm
 from dlm_scale.diffusion.rng import Stream, counter_of, philox
 from dlm_scale.diffusion.schedule import SCHEDULES
 from dlm_scale.diffusion.weighting import WEIGHTINGS
+from dlm_scale.ops import Segments
 
 MASK_ID = 1  # inside the vocabulary: nothing may assume that it is the last id
 
@@ -49,10 +50,10 @@ def test_every_field_follows_from_the_masks():
     weight_B = (maskable_BL.sum(1) + 1) / np.maximum(masked.sum(1), 1)
     np.testing.assert_allclose(c.weight_N, weight_B[np.nonzero(masked)[0]], rtol=1e-7)
     assert torch.equal(c.weight_N, c.elbo_weight_N) and (c.kind_N == KIND_MASKED).all()
-    assert c.denominator == 77.0
+    assert c.denominator == 77.0 and c.attention is None
     types = [torch.int64, torch.bool, torch.int64, torch.int64, torch.float32, torch.float32, torch.uint8]
     types += [torch.float32, torch.float64, torch.int64]
-    assert [getattr(c, f.name).dtype for f in dataclasses.fields(c)[:-1]] == types
+    assert [getattr(c, f.name).dtype for f in dataclasses.fields(c)[:-2]] == types
 
 
 def test_masks_are_the_integer_compare_of_the_counter_table():
@@ -174,9 +175,10 @@ def test_rows_without_maskable_positions_and_empty_batches():
 
 
 def test_to_moves_every_tensor():
-    moved = noised(clean(3, 7), uniform_times(3)).to("meta")
-    assert {getattr(moved, f.name).device.type for f in dataclasses.fields(moved)[:-1]} == {"meta"}
-    assert moved.denominator == 1.0
+    packed = Segments(torch.tensor([0, 4, 7, 14, 21], dtype=torch.int32))
+    moved = noised(clean(3, 7), uniform_times(4), attention=packed).to("meta")
+    assert {getattr(moved, f.name).device.type for f in dataclasses.fields(moved)[:-2]} == {"meta"}
+    assert moved.denominator == 1.0 and moved.attention.cu_seqlens.device.type == "meta"
 
 
 @pytest.mark.parametrize("weighting", ["count", "exact"])

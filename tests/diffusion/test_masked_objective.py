@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from dlm_scale.diffusion.corruption import corrupt
-from dlm_scale.diffusion.objective import masked_diffusion
+from dlm_scale.diffusion.objective import cross_entropy_by_bin, masked_diffusion
 from dlm_scale.diffusion.schedule import SCHEDULES
 from dlm_scale.diffusion.timestep import stratified_times
 from dlm_scale.diffusion.weighting import WEIGHTINGS
@@ -20,9 +20,10 @@ class TableHead:
     def __init__(self, logits_NV):
         self.logits_NV = logits_NV
 
-    def cross_entropy(self, target_N, weight_N):
+    def cross_entropy(self, target_N, weight_N, z_loss=0.0):
         ce_N = F.cross_entropy(self.logits_NV, target_N, reduction="none")
-        return (weight_N * ce_N).sum(), ce_N, self.logits_NV.argmax(-1) == target_N
+        loss_sum = (weight_N * ce_N).sum() + z_loss * torch.logsumexp(self.logits_NV, -1).square().sum()
+        return loss_sum, ce_N, self.logits_NV.argmax(-1) == target_N
 
 
 def network(logits_BLV):
@@ -63,8 +64,12 @@ def test_stats_are_plain_sums_over_masked_tokens():
     loss_sum, stats = masked_diffusion(network(table), c)
     log_prob = torch.log_softmax(table.detach(), -1).flatten(0, 1)[c.rows_N]
     ce_N = -log_prob.gather(1, c.target_N[:, None])[:, 0]
-    assert set(stats) == {"nelbo_sum", "ce_sum", "num_masked", "num_correct"}
-    assert all(s.dtype == torch.float64 and s.ndim == 0 and not s.requires_grad for s in stats.values())
+    assert set(stats) == {"nelbo_sum", "ce_sum", "num_masked", "num_correct", "ce_sum_bins", "num_masked_bins"}
+    assert all(s.dtype == torch.float64 and not s.requires_grad for s in stats.values())
+    assert {name: len(s) for name, s in stats.items() if s.ndim} == {"ce_sum_bins": 10, "num_masked_bins": 10}
+    bin_N = np.ceil(10 * c.m_B.double().numpy()[c.rows_N // L]).astype(int) - 1
+    np.testing.assert_allclose(stats["ce_sum_bins"], np.bincount(bin_N, ce_N.numpy(), 10), rtol=1e-12)
+    assert stats["num_masked_bins"].tolist() == np.bincount(bin_N, minlength=10).tolist()
     assert stats["ce_sum"].item() == pytest.approx(ce_N.sum().item(), rel=1e-12) == loss_sum.item()
     assert stats["nelbo_sum"].item() == pytest.approx((c.elbo_weight_N.double() * ce_N).sum().item(), rel=1e-12)
     assert stats["num_masked"].item() == c.rows_N.numel()
@@ -84,7 +89,7 @@ def test_micro_batches_add_up_to_the_whole(micro_batch_size):
         whole_stats = {k: v - stats[k] for k, v in whole_stats.items()}
     assert total == pytest.approx(whole_loss.item(), rel=1e-12)
     torch.testing.assert_close(table.grad, whole_table.grad, rtol=1e-12, atol=0)
-    assert all(abs(v.item()) < 1e-9 for v in whole_stats.values())
+    assert all(v.abs().max() < 1e-9 for v in whole_stats.values())
 
 
 def test_a_batch_without_masked_tokens_still_has_a_gradient_of_zero():
@@ -92,4 +97,19 @@ def test_a_batch_without_masked_tokens_still_has_a_gradient_of_zero():
     loss_sum, stats = masked_diffusion(network(table), c)
     loss_sum.backward()
     assert loss_sum.item() == 0 and table.grad.abs().max() == 0
-    assert all(v.item() == 0 for v in stats.values())
+    assert all(not v.any() for v in stats.values())
+
+
+def test_z_loss_is_in_the_loss_and_not_in_the_statistics():
+    table, c = logits(), batch(np.arange(B))
+    loss_sum, stats = masked_diffusion(network(table), c)
+    with_z, same = masked_diffusion(network(table), c, z_loss=0.25)
+    lse_N = torch.logsumexp(table.flatten(0, 1)[c.rows_N], -1)
+    assert (with_z - loss_sum).item() == pytest.approx(0.25 * lse_N.square().sum().item(), rel=1e-12)
+    assert all(torch.equal(stats[name], same[name]) for name in stats)
+
+
+def test_cross_entropy_by_bin():
+    ce_N, m_N = torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([0.001, 0.25, 0.2500001, 1.0])
+    assert cross_entropy_by_bin(ce_N, m_N, 4).tolist() == [[3.0, 4.0, 0.0, 8.0], [2.0, 1.0, 0.0, 1.0]]
+    assert cross_entropy_by_bin(ce_N[:0], m_N[:0], 4).tolist() == [[0.0] * 4] * 2

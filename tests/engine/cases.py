@@ -12,10 +12,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from dlm_scale import ops
 from dlm_scale.config import config_from_dict
 from dlm_scale.data.loader import open_data
 from dlm_scale.diffusion.objective import masked_diffusion
 from dlm_scale.diffusion.schedule import SCHEDULES
+from dlm_scale.diffusion.segments import Rows, cut_rows, row_lengths, segment_times
 from dlm_scale.diffusion.timestep import stratified_times
 from dlm_scale.diffusion.weighting import WEIGHTINGS
 from dlm_scale.diffusion.corruption import corrupt
@@ -65,8 +67,9 @@ MODELS = {  # names of model variants: what they change
     "base": {},
     "gqa": {"model__num_kv_heads": 2},
     "mqa": {"model__num_kv_heads": 1},
-    "gelu": {"model__mlp": "gelu"},
+    "gelu": {"model__mlp": "gelu", "model__logit_softcap": 2.0, "diffusion__z_loss": 0.1},
     "adaln": {"model__tied": True, "model__time_conditioning": "adaln"},
+    "packed": {"model__time_conditioning": "adaln", "data__random_length_share": 0.5},  # see data_of
     "chars": {"data__synthetic_vocab_size": 37},  # all ranks but the first hold padding alone
     "recompute": {"train__activation_checkpoint_every": 1},
 }
@@ -116,7 +119,28 @@ def import_distributed() -> None:
 
 
 def data_of(config):
-    return open_data(f"synthetic:{config.data.synthetic_vocab_size}", config.model.seq_len, config.train.seed)
+    """Synthetic rows; where rows are cut short, documents are packed into them too."""
+    data = open_data(f"synthetic:{config.data.synthetic_vocab_size}", config.model.seq_len, config.train.seed)
+    return PackedData(data) if config.data.random_length_share else data
+
+
+@dataclass(frozen=True)
+class PackedData:
+    """Sample i holds documents of 1 + i % 7 and 4 tokens and of what remains, less padding at the last i % 3."""
+
+    plain: Any
+
+    @property
+    def vocabulary(self):
+        return self.plain.vocabulary
+
+    def rows(self, sample_B: np.ndarray) -> Rows:
+        ids_BL = self.plain.rows(sample_B)
+        length = ids_BL.shape[1]
+        starts_B4 = np.arange(len(ids_BL))[:, None] * length + np.stack(
+            [0 * sample_B, 1 + sample_B % 7, 5 + sample_B % 7, length - sample_B % 3], axis=1)
+        bounds_S1 = np.unique([*starts_B4.ravel(), ids_BL.size]).astype(np.int32)
+        return Rows(ids_BL, np.arange(length) < length - sample_B[:, None] % 3, bounds_S1)
 
 
 def logical_weights(trainer, slot: str = "param") -> dict[str, np.ndarray]:
@@ -170,11 +194,17 @@ def train_lines(trainer, data, state: TrainState, steps: int) -> tuple[list[dict
 
 def whole_batch(config, data, step: int):
     """The noised global batch of the step after `step` finished ones."""
-    rows = config.train.global_batch_size
-    index, times = step * rows + np.arange(rows), stratified_times(config.train.seed, step, rows)
-    return corrupt(data.rows(index), index, times, seed=config.train.seed,
-                   schedule=SCHEDULES[config.diffusion.schedule], weighting=WEIGHTINGS[config.diffusion.weighting],
-                   mask_id=data.vocabulary.mask_id, denominator=float(rows * config.model.seq_len))
+    rows, seed, length = config.train.global_batch_size, config.train.seed, config.model.seq_len
+    index, times = step * rows + np.arange(rows), stratified_times(seed, step, rows)
+    given, options = data.rows(index), {"denominator": rows * length}
+    if config.data.random_length_share:
+        given = cut_rows(given, row_lengths(seed, index, length, config.data.random_length_share))
+        times = segment_times(seed, index, times, given.bounds_S1, length)
+        options = {"denominator": given.maskable_BL.sum(), "maskable_BL": given.maskable_BL,
+                   "attention": ops.Segments(torch.from_numpy(given.bounds_S1))}
+        given = given.ids_BL
+    return corrupt(given, index, times, seed=seed, schedule=SCHEDULES[config.diffusion.schedule],
+                   weighting=WEIGHTINGS[config.diffusion.weighting], mask_id=data.vocabulary.mask_id, **options)
 
 
 def run_twin(config, steps: int) -> dict[str, Any]:
@@ -197,7 +227,7 @@ def run_twin(config, steps: int) -> dict[str, Any]:
     lines, state = [], TrainState()
     for _ in range(steps):
         corrupted = whole_batch(config, data, state.step)
-        loss = masked_diffusion(model, corrupted)[0] / corrupted.denominator
+        loss = masked_diffusion(model, corrupted, config.diffusion.z_loss)[0] / corrupted.denominator
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.gradient_clip)

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+from functools import partial
+from types import SimpleNamespace
+from unittest.mock import Mock
+
 import numpy as np
 import pytest
 import torch
 
+from dlm_scale import ops
+from dlm_scale.engine.state import TrainState
+from dlm_scale.engine.step import make_batch
 from dlm_scale.kernels import masking_triton
 from dlm_scale.kernels.masking import Noise, mask_tokens_ref
 from dlm_scale.kernels.masking_triton import mask_tokens
+from tests.engine.cases import MODELS, case_config, data_of
 from tests.kernels.oracles import MASK_ID, assert_same_masks, assert_split_gives_the_same, masking_case
 
 
@@ -78,3 +87,25 @@ def test_the_self_check_passes_and_sees_a_difference(monkeypatch):
     assert masking_triton.self_check("cpu") == 0.0
     monkeypatch.setattr(masking_triton, "signed_key", lambda seed: 5)
     assert masking_triton.self_check("cpu") == 1.0
+
+
+@pytest.mark.parametrize("model", ["base", "packed"])
+@pytest.mark.parametrize("weighting, schedule", [("count", "linear"), ("elbo", "cosine"), ("simple", "linear")])
+def test_a_train_batch_by_the_kernel_is_numpys_in_every_bit(model, weighting, schedule, monkeypatch):
+    """Whole rows, and documents packed into rows of random length; two micro-batches of a rank."""
+    changes = {"train__micro_batch_size": 4, "diffusion__weighting": weighting, "diffusion__schedule": schedule}
+    config = case_config(**MODELS[model] | changes)
+    data, cpu = data_of(config), torch.device("cpu")
+    runtime = SimpleNamespace(device=cpu, mesh=SimpleNamespace(data_size=1, data_rank=0))
+    trainer = SimpleNamespace(config=config, vocabulary=data.vocabulary, runtime=runtime, accumulation=2)
+    by_numpy = make_batch(trainer, data, TrainState(2, 16))
+    draw = Mock(wraps=partial(ops.mask_on_device, device=cpu))
+    monkeypatch.setattr(ops, "masks_on", lambda device: draw)
+    by_kernel = make_batch(trainer, data, TrainState(2, 16))
+    assert draw.call_count == len(by_kernel) == 2
+    for found, wanted in zip(by_kernel, by_numpy, strict=True):
+        for field in dataclasses.fields(wanted):
+            a, b = getattr(found, field.name), getattr(wanted, field.name)
+            if field.name == "attention":
+                a, b = (getattr(value, "cu_seqlens", None) for value in (a, b))
+            assert torch.equal(a, b) and a.dtype == b.dtype if torch.is_tensor(b) else a == b, field.name

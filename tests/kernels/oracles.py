@@ -62,8 +62,8 @@ def plain_cross_entropy(hidden_ND, weight_VD, target_N, weight_N, bias_V, terms:
     lse_N = torch.logsumexp(logits_NV, 1)
     ce_N = lse_N - logits_NV.gather(1, target_N[:, None])[:, 0]
     smooth_N = lse_N - logits_NV[:, allowed_V].mean(1)
-    loss_N = (1 - terms.label_smoothing) * ce_N + terms.label_smoothing * smooth_N + terms.z_loss * lse_N**2
-    loss = (loss_N * weight_N).sum()
+    loss_N = (1 - terms.label_smoothing) * ce_N + terms.label_smoothing * smooth_N
+    loss = (loss_N * weight_N).sum() + terms.z_loss * lse_N[weight_N != 0].square().sum()
     loss.backward()
     is_correct_N = logits_NV.argmax(1) == target_N
     found = {"loss_sum": loss, "ce_N": ce_N, "lse_N": lse_N, "is_correct_N": is_correct_N}

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
 
 from dlm_scale import ops
+from dlm_scale.diffusion.corruption import corrupt
+from dlm_scale.diffusion.schedule import SCHEDULES
+from dlm_scale.diffusion.segments import Rows, cut_rows, row_lengths, segment_times
+from dlm_scale.diffusion.weighting import WEIGHTINGS
 from dlm_scale.kernels.linear_cross_entropy import LossTerms
 from tests.kernels.oracles import (
     MASK_ID,
@@ -59,6 +66,23 @@ def test_masks_are_those_of_numpy(ragged, shape):
     found = ops.mask_tokens(x0_BL.cuda(), index_B.cuda(), noise, mask_id=MASK_ID, maskable_BL=maskable_BL,
                             backend="triton")  # fmt: skip
     assert_same_masks(type(found)(*(value.cpu() for value in found)), case.numpy)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_train_batch_masked_on_the_device_is_numpys(packed):
+    x0_BL, index_B, length = torch.randint(0, MASK_ID, (64, 1024)), np.arange(64), 1024
+    rows = Rows(x0_BL.numpy(), np.ones((64, length), bool))
+    rows = cut_rows(rows, row_lengths(3, index_B, length, 0.5 if packed else 0.0))
+    t_S, options = 1 - np.random.default_rng(0).random(64), {}
+    if packed:
+        t_S = segment_times(3, index_B, t_S, rows.bounds_S1, length)
+        options = {"maskable_BL": rows.maskable_BL, "attention": ops.Segments(torch.from_numpy(rows.bounds_S1))}
+    options |= {"seed": 3, "schedule": SCHEDULES["linear"], "weighting": WEIGHTINGS["count"], "mask_id": MASK_ID}
+    wanted = corrupt(x0_BL, index_B, t_S, denominator=1.0, **options)
+    draw = partial(ops.mask_on_device, device=torch.device("cuda", 0))
+    found = corrupt(x0_BL, index_B, t_S, denominator=1.0, mask_tokens=draw, **options).to("cpu")
+    for name in ("xt_BL", "is_masked_BL", "rows_N", "target_N", "weight_N", "elbo_weight_N", "m_B", "t_B"):
+        assert torch.equal(getattr(found, name), getattr(wanted, name)), name
 
 
 def test_twenty_runs_are_equal():

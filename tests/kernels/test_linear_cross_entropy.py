@@ -9,7 +9,6 @@ from dlm_scale import ops
 from dlm_scale.kernels import linear_cross_entropy as module
 from dlm_scale.kernels.linear_cross_entropy import (
     LossTerms,
-    cross_entropy_by_bin,
     linear_cross_entropy_ref,
     linear_scores_ref,
 )
@@ -146,12 +145,6 @@ def test_ties_go_to_the_smallest_id_and_count_as_correct():
 @pytest.mark.parametrize("size", [2, 4])
 def test_tensor_parallel_equals_one_rank(size):
     assert_sharded_equals_whole(linear_cross_entropy_ref, linear_scores_ref, size)
-
-
-def test_cross_entropy_by_bin():
-    ce_N, m_N = torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([0.001, 0.25, 0.2500001, 1.0])
-    assert cross_entropy_by_bin(ce_N, m_N, 4).tolist() == [[3.0, 4.0, 0.0, 8.0], [2.0, 1.0, 0.0, 1.0]]
-    assert cross_entropy_by_bin(ce_N[:0], m_N[:0], 4).tolist() == [[0.0] * 4] * 2
 
 
 def test_ops_hands_everything_through():

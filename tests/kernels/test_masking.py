@@ -90,6 +90,21 @@ def test_ops_masks_on_the_host_by_the_reference():
     assert_same_masks(ops.mask_tokens(x0_BL, index_B, noise, mask_id=MASK_ID), case.numpy)
 
 
+def test_where_training_masks(monkeypatch):
+    for requested in ("auto", "reference"):
+        assert ops.choose_masking(requested, "cuda")[0] == ops.choose_masking(requested, "cpu")[0] == "numpy"
+    assert ops.masks_on(torch.device("cpu")) is None
+    with pytest.raises(ops.BackendError, match="masking cannot run here: it needs a CUDA device"):
+        ops.choose_masking("triton", "cpu")
+    with pytest.raises(ops.BackendError, match="unknown"):
+        ops.choose_masking("cuda", "cpu")
+    monkeypatch.setattr(ops, "REQUESTED_KERNELS", "triton")
+    monkeypatch.setattr(ops, "_kernel_obstacle", lambda op, device: None)
+    ops.choose_kernels.cache_clear()
+    assert ops.masks_on(torch.device("cuda", 0)).func is ops.mask_on_device
+    ops.choose_kernels.cache_clear()
+
+
 @pytest.mark.parametrize(
     "change, complaint",
     [

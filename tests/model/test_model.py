@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ import torch.nn.functional as F
 from dlm_scale import ops
 from dlm_scale.config import ModelConfig
 from dlm_scale.data.vocabulary import Vocabulary
+from dlm_scale.engine.evaluation import cross_entropy_fn
+from dlm_scale.inference import Inference
 from dlm_scale.model.initialise import initial_values
 from dlm_scale.model.parameters import parameter_table
 from dlm_scale.model.sharding import contiguous_runs, full_box
@@ -138,6 +141,46 @@ def test_segments_equal_each_document_alone():
     for start, stop in ((0, 5), (5, 12), (12, 15), (15, 24)):
         alone = logits(model, x_BL.view(1, -1)[:, start:stop])[0]
         torch.testing.assert_close(packed[start:stop], alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 0.5])
+def test_the_cap_of_the_logits_is_in_every_reading_of_the_head(softcap):
+    """Training, log-probabilities (sampling) and evaluation speak of one distribution."""
+    model, plain = (randomised(made(tied=False, logit_softcap=cap)) for cap in (softcap, None))
+    x_BL, target_N = ids(LAST), torch.arange(24) % 4
+    wanted = logits(plain, x_BL)
+    wanted = wanted if softcap is None else softcap * torch.tanh(wanted / softcap)
+    wanted[..., LAST.mask_id :] = -torch.inf
+    capped, rows = logits(model, x_BL), torch.arange(24)
+    torch.testing.assert_close(capped, wanted)
+    log_probs = model(x_BL, rows_N=rows, readout=lambda head: head.log_probs())
+    torch.testing.assert_close(log_probs, F.log_softmax(wanted.flatten(0, 1), -1))
+    loss, ce_N, _ = cross_entropy(model, x_BL, target_N)
+    torch.testing.assert_close(ce_N, -log_probs.gather(1, target_N[:, None])[:, 0])
+    with_z = model(x_BL, rows_N=rows, readout=lambda head: head.cross_entropy(target_N, torch.ones(24), 0.1))
+    torch.testing.assert_close(with_z[0], loss + 0.1 * torch.logsumexp(wanted.flatten(0, 1), -1).square().sum())
+    assert torch.equal(with_z[1], ce_N)
+    ask = SimpleNamespace(xt_BL=x_BL, m_B=None, rows_N=rows, target_N=target_N, weight_N=torch.ones(24), attention=None,
+                          to=lambda device: ask)
+    assert torch.equal(cross_entropy_fn(model, torch.device("cpu"))(ask), ce_N)
+    made_for = Inference(model, None, SimpleNamespace(vocabulary=LAST), None, torch.device("cpu"), None, "param")
+    assert torch.equal(made_for.predict(x_BL, rows), log_probs)
+
+
+def test_a_packed_document_is_conditioned_on_its_own_mask_ratio():
+    model, x_BL = randomised(made(time_conditioning="adaln")), ids(LAST)
+    mask, m_S = ops.Segments(torch.tensor([0, 5, 12, 15, 24], dtype=torch.int32)), torch.tensor([0.1, 0.9, 0.4, 0.7])
+    packed = logits(model, x_BL, attention=mask, m_B=m_S).flatten(0, 1)
+    for segment, (start, stop) in enumerate(((0, 5), (5, 12), (12, 15), (15, 24))):
+        alone = logits(model, x_BL.view(1, -1)[:, start:stop], m_B=m_S[segment : segment + 1])[0]
+        torch.testing.assert_close(packed[start:stop], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_means_are_of_rows_or_of_segments():
+    x_BL = torch.tensor([[1.0, 0.0, 1.0, 0.0], [1.0, 1.0, 1.0, 0.0]])
+    assert ops.segment_means(x_BL, None).tolist() == ops.segment_means(x_BL, ops.Causal()).tolist() == [0.5, 0.75]
+    mask = ops.Segments(torch.tensor([0, 1, 4, 6, 8], dtype=torch.int32))
+    torch.testing.assert_close(ops.segment_means(x_BL, mask), torch.tensor([1.0, 1 / 3, 1.0, 0.5]))
 
 
 def test_time_conditioning_starts_as_the_identity_then_matters():

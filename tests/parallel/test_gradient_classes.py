@@ -28,6 +28,8 @@ CLASSES = {  # class: (model variant, parameters)
         "base", ("blocks.0.attention_norm.gain", "blocks.1.mlp_norm.gain")),
     "conditioning": ("adaln", ("time_embedding.first.weight", "time_embedding.second.weight",
                                "blocks.0.modulation.weight")),
+    "conditioning of documents": ("packed", ("time_embedding.first.weight", "time_embedding.second.weight",
+                                             "blocks.0.modulation.weight")),
     "shared keys and values": ("mqa", ("blocks.0.attention.qkv.weight", "blocks.1.attention.key_norm.gain")),
     "partly shared keys and values": ("gqa", ("blocks.1.attention.qkv.weight",)),
     "recomputed": ("recompute", ("blocks.0.attention.qkv.weight", "blocks.0.attention_norm.gain")),
