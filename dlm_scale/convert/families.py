@@ -36,6 +36,7 @@ class Family:
     says       what config.json must say where it says anything: key -> value
     read       further fields from config.json; `write` further keys from a shape
     ignored    patterns of tensors that hold no weights
+    sizes      keys of config.json that count the ids of the vocabulary
     mask       where the mask is if neither tokenizer nor config.json says: `last` id, `new` id behind them, or None
     fold       tensors that take the place of others (folding.py), and `unfold` the way back
     """
@@ -47,6 +48,7 @@ class Family:
     read: Callable[[Json], dict[str, Any]] = lambda config: {}
     write: Callable[[Any], dict[str, Any]] = lambda shape: {}
     ignored: tuple[str, ...] = ()
+    sizes: tuple[str, ...] = ("vocab_size",)
     mask: str | None = None
     fold: Callable | None = None
     unfold: Callable | None = None
@@ -163,6 +165,7 @@ LLADA = Family(
         "input_emb_norm": False, "block_group_size": 1,
     },
     write=lambda shape: {"architectures": ["LLaDAModelLM"]},
+    sizes=("vocab_size", "embedding_size"),
 )  # fmt: skip
 
 GPT2 = Family(
@@ -257,7 +260,8 @@ MODERNBERT = Family(
           "classifier_bias": False},
     read=_modernbert_ropes,
     write=lambda shape: {"local_attention": 2 * shape.window, "global_rope_theta": shape.rope_base,
-                         "local_rope_theta": shape.window_rope_base, "tie_word_embeddings": shape.tied},
+                         "local_rope_theta": shape.window_rope_base, "tie_word_embeddings": shape.tied,
+                         **dict.fromkeys(["bos_token_id", "cls_token_id", "eos_token_id", "pad_token_id", "sep_token_id"])},
 )  # fmt: skip
 
 _DIT = "backbone.blocks.{}"

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from dlm_scale.convert.stores import Store
 
 DIT_FEATURES, DIT_WIDTH = 256, 128  # of MDLM's time embedding: sinusoids, conditioning vector
-Read = Callable[[str], torch.Tensor]  # of a tensor by name, float32
+Read = Callable[[str], torch.Tensor]  # of a tensor by name, float64: what is made of several is rounded once
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def fold_dit(store: Store, config: Mapping[str, Any]) -> dict[str, Folded]:
 
     def part(read: Read, layer: str, number: int) -> torch.Tensor:
         w0, b0, w2, b2 = (read(name) for name in time)
-        features = torch.cat([torch.ones(w0.shape[1] // 2), torch.zeros(w0.shape[1] - w0.shape[1] // 2)])
+        features = (torch.arange(w0.shape[1]) < w0.shape[1] // 2).to(w0.dtype)  # cosines, then sines
         condition = F.silu(F.linear(F.silu(F.linear(features, w0, b0)), w2, b2))
         rows = slice(number * width, (number + 1) * width)
         return F.linear(condition, read(f"{layer}.weight")[rows], read(f"{layer}.bias")[rows])
@@ -63,7 +63,7 @@ def fold_dit(store: Store, config: Mapping[str, Any]) -> dict[str, Folded]:
     def add_gate(name: str, layer: str, gate: int) -> None:
         shape = store.tensors[name].shape if name in store.tensors else (width,)
         parts = (*time, f"{layer}.weight", f"{layer}.bias", name)
-        folded[name] = Folded(shape, parts, lambda read: (read(name).T * part(read, layer, gate)).T)
+        folded[name] = Folded(shape, parts, lambda read: scaled_rows(read(name), part(read, layer, gate)))
 
     for number in range(config["n_blocks"]):
         block = f"backbone.blocks.{number}"
@@ -74,6 +74,10 @@ def fold_dit(store: Store, config: Mapping[str, Any]) -> dict[str, Folded]:
             add_gate(f"{block}.{name}", layer, gate)
     add_norm("backbone.output_layer.norm_final", "backbone.output_layer.adaLN_modulation", 0)
     return folded
+
+
+def scaled_rows(values: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    return values * (factor if values.dim() == 1 else factor[:, None])
 
 
 def unfold_dit(shape: Any) -> tuple[dict[str, Folded], tuple[str, ...]]:
@@ -87,7 +91,7 @@ def unfold_dit(shape: Any) -> tuple[dict[str, Folded], tuple[str, ...]]:
         biases = tuple(f"{norm}.bias" for norm in norms)
 
         def make(read: Read) -> torch.Tensor:
-            zero, one = torch.zeros(width), torch.ones(width)
+            zero, one = torch.zeros(width, dtype=torch.float64), torch.ones(width, dtype=torch.float64)
             gates = [one] if parts == 6 else []
             return torch.cat([piece for bias in biases for piece in (read(bias), zero, *gates)])
 

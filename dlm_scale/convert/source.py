@@ -211,7 +211,7 @@ class _FoldedStore:
     def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         if name not in self.folds:
             return self.store.read(name, dtype)
-        return self.folds[name].make(lambda part: self.store.read(part, torch.float32)).to(dtype)
+        return self.folds[name].make(lambda part: self.store.read(part, torch.float64)).to(dtype)
 
 
 def _stored(store: Store, name: str) -> Stored:

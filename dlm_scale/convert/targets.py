@@ -68,7 +68,7 @@ def hf_entries(model: Model, family: str, dtype: str, slot: str) -> list[Entry]:
                for match in matches if match.theirs not in dropped]  # fmt: skip
     return entries + [
         Entry(name, folded.shape, dtype, lambda folded=folded: folded.make(
-            lambda part: read(by_name[part], by_name[part].shape, torch.float32)).to(torch_dtype))
+            lambda part: read(by_name[part], by_name[part].shape, torch.float64)).to(torch_dtype))
         for name, folded in extra.items()
     ]  # fmt: skip
 
@@ -87,7 +87,8 @@ def _read_theirs(model: Model, match: Match, shape: tuple[int, ...], dtype: torc
 
 def hf_config(model: Model, family: str, dtype: str) -> dict:
     """config.json."""
-    common = {"model_type": family, "dtype": dtype, "mask_token_id": model.meta.mask_id, "vocab_size": model.meta.vocab_size}
+    sizes = dict.fromkeys(FAMILIES[family].sizes, model.meta.vocab_size)
+    common = {"model_type": family, "dtype": dtype, "mask_token_id": model.meta.mask_id, **sizes}
     if model.meta.eos_id is not None:
         common["eos_token_id"] = model.meta.eos_id
     if family != "dlm_scale":

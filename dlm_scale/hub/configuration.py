@@ -55,6 +55,8 @@ class DlmScaleConfig(PretrainedConfig):
             setattr(self, name, values.pop(name, default))
         self.vocab_size, self.mask_token_id, self.suppressed_ids = vocab_size, mask_token_id, list(suppressed_ids)
         values["tie_word_embeddings"] = self.tied
+        if __name__.startswith("dlm_scale."):  # installed: the pipeline is registered, the export's own is not needed
+            values.pop("custom_pipelines", None)
         super().__init__(**values)
 
     @property

@@ -111,7 +111,7 @@ def parameter_table(config: ModelShape, vocabulary: Any) -> dict[str, ParameterS
     if not config.tied:
         specs.append(_table("head.weight", vocabulary.num_outputs, width, 0.0))
     if config.head_bias:
-        specs.append(_vector("head.bias", vocabulary.num_outputs, 0.0))
+        specs.append(_vector("head.bias", vocabulary.size if config.tied else vocabulary.num_outputs, 0.0))
     return {spec.name: spec for spec in specs}
 
 

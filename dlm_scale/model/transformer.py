@@ -248,10 +248,11 @@ class Head(nn.Module):
     """The output table: its own weight, or the input table's when tied (one parameter, two places); and the cap of the
     logits, which all readings share."""
 
-    def __init__(self, table: nn.Module, vocabulary: Any, layers: Any, softcap: float | None, has_bias: bool):
+    def __init__(self, table: nn.Module, vocabulary: Any, layers: Any, config: ModelShape):
         super().__init__()
-        self.weight, self.softcap = table.weight, softcap
-        self.bias = nn.Parameter(torch.empty(vocabulary.num_outputs)) if has_bias else None
+        self.weight, self.softcap = table.weight, config.logit_softcap
+        num_rows = vocabulary.size if config.tied else vocabulary.num_outputs
+        self.bias = nn.Parameter(torch.empty(num_rows)) if config.head_bias else None
         self.group = layers.group
         self.num_outputs = vocabulary.num_outputs
         self.rows = table.weight.ds_shape[0] if hasattr(table.weight, "ds_shape") else table.weight.shape[0]
@@ -292,7 +293,7 @@ class Transformer(nn.Module):
         self.final_norm = make_norm(config) if config.norm_placement == "pre" else nn.Identity()
         self.head_transform = HeadTransform(config) if config.head_transform else nn.Identity()
         table = self.embedding if config.tied else layers.embedding(vocabulary.num_outputs, config.hidden_size)
-        self.head = Head(table, vocabulary, layers, config.logit_softcap, config.head_bias)
+        self.head = Head(table, vocabulary, layers, config)
         self.select_rows, self.own_positions = layers.select_rows, layers.own_positions
 
     def forward(
