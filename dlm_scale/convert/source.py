@@ -157,7 +157,7 @@ def _yaml_model(store: Store, config_path: Path) -> Model:
     """Our own model under DeepSpeed's checkpointing: tables are padded there."""
     config = config_from_text(read_file(config_path, MAX_DOCUMENT_BYTES).decode(), str(config_path))
     if config.data.is_synthetic:
-        size = config.data.synthetic_vocab_size + 1
+        size = config.data.synthetic_vocab_size
         meta, files = _no_tokenizer(Vocabulary(size, size - 1)), {}
     else:
         prefix = Path(config.data.train[0].path)
