@@ -84,6 +84,7 @@ class ModelConfig(Section):
     head_transform: bool = False  # dense, GELU and norm before the output table, as in BERT
     head_bias: bool = False
     logit_shift: bool = False  # token i is predicted from position i-1, as an autoregressive model does
+    init_from: Text | None = None  # start from the weights of this checkpoint
 
 
 class DiffusionConfig(Section):
@@ -91,6 +92,7 @@ class DiffusionConfig(Section):
 
     schedule: Literal["linear", "loglinear", "poly", "cosine", "cosine2", "cos", "geometric"] = "linear"
     weighting: Literal["count", "elbo", "exact", "simple"] = "count"
+    attention_anneal_steps: NonNegative = 0  # from causal to full attention, after autoregressive weights
     z_loss: NonNegativeFloat = 0.0  # times the squared log-sum-exp of each masked token, in the loss only
 
 
@@ -232,6 +234,13 @@ def _cross_problems(config: Config) -> Iterator[Problem]:
             "diffusion.weighting",
             f"= {weighting} needs diffusion.schedule = linear, not {schedule} (its counts are uniform only there): set "
             "diffusion.weighting=elbo or diffusion.schedule=linear",
+        )
+    if config.model.init_from and config.train.branch_from:
+        yield "model.init_from", "starts from weights alone, train.branch_from from the full state: give one of them"
+    if config.diffusion.attention_anneal_steps and (config.data.random_length_share or config.train.compile):
+        yield (
+            "diffusion.attention_anneal_steps",
+            "needs data.random_length_share = 0 and train.compile = false: the mask changes from step to step",
         )
     if config.data.is_synthetic and (len(config.data.train) > 1 or not config.data.synthetic_vocab_size):
         yield "data.train", "= synthetic stands alone and needs data.synthetic_vocab_size"

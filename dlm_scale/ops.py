@@ -74,7 +74,14 @@ class Blocks:
     size: int
 
 
-AttentionMask = Full | Causal | Segments | Blocks
+@dataclass(frozen=True)
+class Lookahead:
+    """Position i sees positions 0..i+size: from causal (0) to full, as annealing goes."""
+
+    size: int
+
+
+AttentionMask = Full | Causal | Segments | Blocks | Lookahead
 
 
 def allowed_BLL(
@@ -93,6 +100,8 @@ def allowed_BLL(
         ids_BL = mask.ids_BL(num_rows, length)
         return ids_BL[:, :, None] == ids_BL[:, None, :]
     position = torch.arange(length, device=device)
+    if isinstance(mask, Lookahead):
+        return (position[:, None] + mask.size >= position[None, :])[None]
     block = position if isinstance(mask, Causal) else position // mask.size
     return (block[:, None] >= block[None, :])[None]
 
@@ -183,8 +192,8 @@ class AttentionBackend:
 
 
 ATTENTION_BACKENDS = {
-    "sdpa": AttentionBackend(_sdpa, (Full, Causal, Segments, Blocks)),
-    "eager": AttentionBackend(_eager, (Full, Causal, Segments, Blocks)),
+    "sdpa": AttentionBackend(_sdpa, (Full, Causal, Segments, Blocks, Lookahead)),
+    "eager": AttentionBackend(_eager, (Full, Causal, Segments, Blocks, Lookahead)),
     "flash_attn_2": AttentionBackend(
         _flash_attn_2, (Full, Causal, Segments), "flash_attn", (8, 0), advice="pip install flash-attn"
     ),

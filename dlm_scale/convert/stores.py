@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from dlm_scale.checkpoint.files import CHUNK_BYTES, load_json, open_regular, read_at, read_file
+from dlm_scale.checkpoint.files import CHUNK_BYTES, load_json, open_regular, read_at, read_file, read_into
 from dlm_scale.checkpoint.layout import DTYPES
 from dlm_scale.checkpoint.safetensors_format import read_header
 from dlm_scale.errors import UsageError
@@ -65,6 +65,9 @@ class Store:
 def _read_run(run: Run, dtype: str, target: torch.Tensor) -> None:
     item_size = DTYPES[dtype][1]
     with open_regular(run.path) as fd:
+        if str(target.dtype) == f"torch.{dtype}" and run.numel:
+            read_into(fd, run.offset, memoryview(target.view(torch.uint8).numpy()), run.path.name)
+            return
         for start in range(0, run.numel, CHUNK_BYTES // item_size):
             part = target[start : start + CHUNK_BYTES // item_size]
             data = read_at(fd, run.offset + start * item_size, part.numel() * item_size, run.path.name)
