@@ -2,9 +2,9 @@
 
     python benchmarks/benchmark_convert.py [--json] [--repeats 3] [--gigabytes 1.0]
 
-DeepSpeed itself writes the checkpoint, from two ranks. Then both programs convert it in turns, each time in a process of
-its own that starts from nothing; the outputs are compared bit for bit. CPU seconds and the peak of resident memory are
-those of the whole process, imports included. Ours also flushes what it writes to the disk and reads it again.
+DeepSpeed itself writes the checkpoint, from two ranks. Then both programs convert it in turns, each time in a process
+of its own that starts from nothing; the outputs are compared bit for bit. CPU seconds and the peak of resident memory
+are those of the whole process, imports included. Ours also flushes what it writes to the disk and reads it again.
 
 cpu_ratio, wall_ratio, memory_ratio: ours / zero_to_fp32, medians over the turns (below 1: ours is better).
 """
@@ -34,7 +34,8 @@ def make(folder, width, layers):
     from dlm_scale.engine.runtime import import_deepspeed, start_runtime
     start_runtime("cpu", 1, 300)
     deepspeed = import_deepspeed()
-    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "zero_allow_untested_optimizer": True}
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3},
+              "zero_allow_untested_optimizer": True}
     with deepspeed.zero.Init(config_dict_or_path=config):
         model = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
     engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), config=config)

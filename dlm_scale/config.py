@@ -271,7 +271,8 @@ def _model_needs(model: ModelConfig, tp: int) -> Iterator[tuple[str, str]]:
         ("norm_bias", model.norm_bias, "model.norm = layernorm", model.norm == "layernorm"),
         ("time_conditioning", model.time_conditioning == "adaln", "model.norm_placement = pre",
          model.norm_placement == "pre"),
-        ("embedding_norm", model.embedding_norm == "first", "model.norm_placement = pre", model.norm_placement == "pre"),
+        ("embedding_norm", model.embedding_norm == "first", "model.norm_placement = pre",
+         model.norm_placement == "pre"),
         *(
             (key, getattr(model, key) not in ("none", "rope", False), "parallel.tensor_parallel_size = 1", tp == 1)
             for key in ("bias", "position", "head_bias")

@@ -29,14 +29,20 @@ def model_card(model: Model, slot: str) -> bytes:
         ("parameters", f"{count:,}"),
         ("layers x width x heads", f"{shape.num_layers} x {shape.hidden_size} x {shape.num_heads}"),
         ("context", f"{shape.seq_len} tokens"),
-        ("vocabulary", f"{model.meta.vocab_size} ids ({model.meta.tokenizer.kind} tokenizer), mask {model.meta.mask_id}"),
+        (
+            "vocabulary",
+            f"{model.meta.vocab_size} ids ({model.meta.tokenizer.kind} tokenizer), mask {model.meta.mask_id}",
+        ),
         ("weights", "moving average (EMA)" if slot == "ema" else "as trained"),
         *_training(model),
     ]
     table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
     head = "---\nlibrary_name: transformers\npipeline_tag: fill-mask\ntags:\n- text-diffusion\n- dlm_scale\n---\n"
-    text = (f"{head}\n# A masked diffusion language model\n\nIt fills in masked tokens at any mask ratio, sees both sides, and "
-            f"writes by filling a row of masks. Made with dlm_scale.\n\n{table}\n\n{_figures(model)}\n\n## Use\n\n{USE}\n")
+    text = (
+        f"{head}\n# A masked diffusion language model\n\nIt fills in masked tokens at any mask ratio, sees both sides, "
+        "and writes by filling a row of masks. Made with dlm_scale.\n\n"
+        f"{table}\n\n{_figures(model)}\n\n## Use\n\n{USE}\n"
+    )
     return text.encode()
 
 
@@ -55,8 +61,10 @@ def _figures(model: Model) -> str:
     if found is None:
         return "No evaluation of this checkpoint is on record."
     nelbo, error = found["val_nelbo"], found.get("val_nelbo_se") or 0.0
-    return (f"Validation NELBO <= {nelbo:.4f} nats a token (standard error {error:.4f}), perplexity <= {math.exp(nelbo):.3f}, at "
-            f"step {found['step']} of its training run: an upper bound of the negative log-likelihood, by Monte Carlo.")
+    return (
+        f"Validation NELBO <= {nelbo:.4f} nats a token (standard error {error:.4f}), perplexity <= {math.exp(nelbo):.3f}, "
+        f"at step {found['step']} of its run: an upper bound of the negative log-likelihood, by Monte Carlo."
+    )
 
 
 def last_evaluation(model: Model) -> dict[str, Any] | None:

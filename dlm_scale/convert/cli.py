@@ -13,13 +13,31 @@ MODES = "fp32", "bf16"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("source", metavar="SRC", type=Path, help="a run or checkpoint of ours, a Hugging Face folder, or a DeepSpeed checkpoint")
+    add(
+        "source",
+        metavar="SRC",
+        type=Path,
+        help="a run or checkpoint of ours, a Hugging Face folder, or a DeepSpeed checkpoint",
+    )
     add("target", metavar="DST", type=Path, help="what to make; must not exist")
-    add("--to", required=True, choices=list(TARGETS), help="; ".join(f"{name}: {what}" for name, what in TARGETS.items()))
-    add("--family", default="dlm_scale", help="of --to hf: dlm_scale (our own class; default), or another family by name")
+    add(
+        "--to",
+        required=True,
+        choices=list(TARGETS),
+        help="; ".join(f"{name}: {what}" for name, what in TARGETS.items()),
+    )
+    add(
+        "--family",
+        default="dlm_scale",
+        help="of --to hf: dlm_scale (our own class; default), or another family by name",
+    )
     add("--dtype", default=MODES[0], choices=MODES, help="of the written weights (default: %(default)s)")
-    add("--weights", choices=["ema", "param"], help="moving average or raw weights (default: ema if there is one; for --to dlm"
-        " everything, optimizer included)")
+    add(
+        "--weights",
+        choices=["ema", "param"],
+        help="moving average or raw weights (default: ema if there is one; for --to dlm"
+        " everything, optimizer included)",
+    )
     add("--ranks", type=int, default=1, help="of --to dlm: files to write, as by so many ranks (default: %(default)s)")
     add("--tensor_parallel_size", type=int, default=1, help="of --to dlm: ranks to a model (default: %(default)s)")
     add("--max_shard_gb", type=float, default=4.0, help="of --to hf: largest file (default: %(default)s)")
@@ -50,8 +68,11 @@ def run(args: argparse.Namespace) -> int:
     model = open_model(args.source, args.config, args.mask_id)
     slot = args.weights or ("ema" if "ema" in model.slots else "param")
     if slot not in model.slots:
-        raise UsageError(f"{model.path} has no {slot} weights, only {', '.join(model.slots)}: leave out --weights {slot}")
-    print(f"{model.path} ({model.family}): {sum(spec.numel for spec in model.table.values()):,} parameters, weights {slot}")
+        raise UsageError(
+            f"{model.path} has no {slot} weights, only {', '.join(model.slots)}: leave out --weights {slot}"
+        )
+    count = sum(spec.numel for spec in model.table.values())
+    print(f"{model.path} ({model.family}): {count:,} parameters, weights {slot}")
     for note in model.notes:
         print(f"note: {note}")
     if args.dry_run:
@@ -79,7 +100,11 @@ def _print_mapping(args: argparse.Namespace, model, dtype: str, slot: str) -> in
     print("\n".join(model.mapping or (f"{name} {list(spec.shape)}" for name, spec in model.table.items())))
     if args.to == "hf":
         hf_config(model, args.family, dtype)
-        print("\n".join(f"-> {entry.key} {list(entry.shape)} {dtype}" for entry in hf_entries(model, args.family, dtype, slot)))
+        print(
+            "\n".join(
+                f"-> {entry.key} {list(entry.shape)} {dtype}" for entry in hf_entries(model, args.family, dtype, slot)
+            )
+        )
     return 0
 
 
@@ -88,8 +113,8 @@ def _check(args: argparse.Namespace) -> None:
 
     if args.family not in FAMILIES:
         raise UsageError(f"--family {args.family!r} is not known; known are {', '.join(FAMILIES)}")
-    only_for = [("family", "hf", "dlm_scale"), ("max_shard_gb", "hf", 4.0), ("push_to_hub", "hf", None), ("ranks", "dlm", 1),
-                ("tensor_parallel_size", "dlm", 1)]  # fmt: skip
+    only_for = [("family", "hf", "dlm_scale"), ("max_shard_gb", "hf", 4.0), ("push_to_hub", "hf", None),
+                ("ranks", "dlm", 1), ("tensor_parallel_size", "dlm", 1)]  # fmt: skip
     for name, target, default in only_for:
         if args.to != target and getattr(args, name) != default:
             raise UsageError(f"--{name} is for --to {target}, not --to {args.to}")

@@ -1,5 +1,5 @@
-"""DeepSpeed's own checkpoints, ZeRO 1 to 3, as tensors in files: the float32 master weights, put together from the parts
-of all ranks without loading them.
+"""DeepSpeed's own checkpoints, ZeRO 1 to 3, as tensors in files: the float32 master weights, put together from the
+parts of all ranks without loading them.
 
     FOLDER/latest                                            names the tag
     FOLDER/TAG/*mp_rank_00_model_states.pt                   shapes and names; buffers; frozen parameters
@@ -16,7 +16,7 @@ from typing import Any
 
 from dlm_scale.checkpoint.files import read_file
 from dlm_scale.checkpoint.layout import DTYPES
-from dlm_scale.convert.stores import Run, Store, Stored, cut_runs
+from dlm_scale.convert.stores import Store, Stored, cut_runs
 from dlm_scale.convert.torch_files import read_torch_file
 from dlm_scale.errors import UsageError
 
@@ -39,18 +39,24 @@ def deepspeed_store(path: Path) -> Store:
         raise UsageError(f"{folder} lacks {'optim' if not optimizer_files else 'model'}_states.pt files: no ZeRO"
                          " checkpoint, or not all of it")  # fmt: skip
     if {place[1] for place in (*optimizer_files, *model_files)} != {0}:
-        raise UsageError(f"{folder} was written by a tensor-parallel run: how its matrices were cut is not in the file."
-                         " Gather them with the program that wrote it")
+        raise UsageError(
+            f"{folder} was written by a tensor-parallel run: how its matrices were cut is not in the file."
+            " Gather them with the program that wrote it"
+        )
     optimizers = [_section(file, "optimizer_state_dict") for _, file in sorted(optimizer_files.items())]
     stage, num_ranks = optimizers[0].get("zero_stage"), optimizers[0].get("partition_count")
     num_ranks = max(num_ranks) if isinstance(num_ranks, list) else num_ranks
     if num_ranks != len(optimizers):
-        raise UsageError(f"{folder} holds the parts of {len(optimizers)} ranks, {num_ranks} wrote it: copy the others too")
+        raise UsageError(
+            f"{folder} holds the parts of {len(optimizers)} ranks, {num_ranks} wrote it: copy the others too"
+        )
     models = [_section(file) for _, file in sorted(model_files.items())]
     try:
         return _store(folder, stage, optimizers, models)
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
-        raise UsageError(f"{folder}: a ZeRO checkpoint of a form that is not known ({type(error).__name__}: {error})") from None
+        raise UsageError(
+            f"{folder}: a ZeRO checkpoint of a form that is not known ({type(error).__name__}: {error})"
+        ) from None
 
 
 def _store(folder: Path, stage: Any, optimizers: list[dict], models: list[dict]) -> Store:
@@ -63,8 +69,10 @@ def _store(folder: Path, stage: Any, optimizers: list[dict], models: list[dict])
         tensors[name] = _joined(parts[0].dtype, shape, chain.from_iterable(part.runs for part in parts))
     key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
     groups = [[_float32(group) for group in optimizer[key]] for optimizer in optimizers]
-    tensors |= _sharded(first["param_shapes"], groups) if stage == 3 else _partitioned(
-        first["param_shapes"], groups, optimizers[0].get("param_alignment_paddings")
+    tensors |= (
+        _sharded(first["param_shapes"], groups)
+        if stage == 3
+        else _partitioned(first["param_shapes"], groups, optimizers[0].get("param_alignment_paddings"))
     )
     shared = {alias: name for alias, name in first["shared_params"].items() if name in tensors and alias != name}
     for alias in shared.keys() & tensors.keys():
@@ -136,5 +144,7 @@ def _tag_folder(path: Path) -> Path:
         return path
     tag = read_file(path / "latest", 4096).decode(errors="replace").strip()
     if not TAG.fullmatch(tag) or not (path / tag).is_dir():
-        raise UsageError(f"{path}/latest names {tag[:80]!r}, which is no folder there: name the checkpoint's folder itself")
+        raise UsageError(
+            f"{path}/latest names {tag[:80]!r}, which is no folder there: name the checkpoint's folder itself"
+        )
     return path / tag

@@ -1,5 +1,5 @@
-"""The families of models that can be converted: which field of their config.json is which of our shape, and which tensor
-is which (mapping.py). Each is read in both directions. What does not fit is refused by name.
+"""The families of models that can be converted: which field of their config.json is which of our shape, and which
+tensor is which (mapping.py). Each is read in both directions. What does not fit is refused by name.
 
 Sources: the published architectures of LLaDA (arXiv 2502.09992), Dream (2508.15487), GPT-2, Llama, Qwen2 and Qwen3,
 BERT (1810.04805), ModernBERT (2412.13663), MDLM (2406.07524).
@@ -21,7 +21,6 @@ PLAIN = {  # what a shape is where a family does not say otherwise
     "norm_bias": False, "norm_placement": "pre", "bias": "none", "position": "rope", "window": None,
     "embedding_norm": "none", "head_transform": False, "head_bias": False, "logit_shift": False,
 }  # fmt: skip
-FREE = frozenset({"init_std", "init_from", "global_every", "window_rope_base", "rope_base"})  # unused, or by `read`
 WHOLE_HEADS = {"num_kv_heads": lambda shape: shape["num_heads"],
                "head_dim": lambda shape: shape["hidden_size"] // shape["num_heads"]}  # fmt: skip
 
@@ -58,22 +57,28 @@ class Family:
         for key, value in self.says.items():
             if config.get(key, value) != value:
                 raise UsageError(f"{where}: {key} = {config[key]!r} is not supported, only {value!r}")
-        missing = [key for ours, key in self.keys.items() if key not in config and ours not in ("num_kv_heads", "head_dim")]
+        missing = [
+            key for ours, key in self.keys.items() if key not in config and ours not in ("num_kv_heads", "head_dim")
+        ]
         if missing:
             raise UsageError(f"{where} has no {missing[0]}: it is not of the model_type that it names")
         shape = {ours: config[key] for ours, key in self.keys.items() if config.get(key) is not None}
         shape |= self.read(config)
-        return {name: value(shape) if callable(value) else value for name, value in (WHOLE_HEADS | PLAIN | self.fixed).items()
-                if name not in shape} | shape  # fmt: skip
+        rest = {name: value for name, value in (WHOLE_HEADS | PLAIN | self.fixed).items() if name not in shape}
+        return {name: value(shape) if callable(value) else value for name, value in rest.items()} | shape
 
     def config_of(self, shape: Any) -> dict[str, Any]:
         """config.json of a model of ours. Raises UsageError, naming the field that such a model does not have."""
         values = shape.model_dump()
         told = self.write(shape)
-        back = self.shape_of({**self.says, **{key: values[ours] for ours, key in self.keys.items()}, **told}, "the export")
+        back = self.shape_of(
+            {**self.says, **{key: values[ours] for ours, key in self.keys.items()}, **told}, "the export"
+        )
         for name, value in back.items():
-            if values[name] != value and name not in FREE:
-                raise UsageError(f"a model with model.{name} = {values[name]!r} is none of this family, which has {value!r}")
+            if values[name] != value:
+                raise UsageError(
+                    f"a model with model.{name} = {values[name]!r} is none of this family, which has {value!r}"
+                )
         return {**self.says, **{key: values[ours] for ours, key in self.keys.items()}, **told}
 
 
@@ -81,8 +86,10 @@ def family_of(config: Json, where: str) -> str:
     """The name of the family that a config.json is of. Raises UsageError."""
     name = str(config.get("model_type")).lower()
     if name not in FAMILIES:
-        raise UsageError(f"{where}: model_type {config.get('model_type')!r} is no family that is known here; known are "
-                         f"{', '.join(FAMILIES)}")
+        raise UsageError(
+            f"{where}: model_type {config.get('model_type')!r} is no family that is known here; known are "
+            f"{', '.join(FAMILIES)}"
+        )
     return name
 
 
@@ -227,11 +234,20 @@ BERT = Family(
 
 
 def _modernbert_ropes(config: Json) -> dict[str, Any]:
-    """Two bases of rotary positions, as older and newer files say them; and half of the local window to each side."""
+    """Two bases of rotary positions and the blocks of global attention, as older and newer files say them; half of the
+    local window to each side."""
     new = config.get("rope_parameters") or {}
-    wide, near = (rope_base({"rope_parameters": new.get(f"{kind}_attention"), "rope_theta": config.get(f"{old}_rope_theta",
-                  default)}) for kind, old, default in (("full", "global", 160_000.0), ("sliding", "local", 10_000.0)))  # fmt: skip
-    return {"rope_base": wide["rope_base"], "window_rope_base": near["rope_base"],
+    wide, near = (
+        rope_base({"rope_parameters": new.get(kind), "rope_theta": config.get(old, default)})
+        for kind, old, default in (("full_attention", "global_rope_theta", 160_000.0),
+                                   ("sliding_attention", "local_rope_theta", 10_000.0))
+    )  # fmt: skip
+    every = config.get("global_attn_every_n_layers")
+    if kinds := config.get("layer_types"):
+        every = next((i for i, kind in enumerate(kinds) if i and kind == "full_attention"), len(kinds))
+        if any((kind == "full_attention") != (i % every == 0) for i, kind in enumerate(kinds)):
+            raise UsageError("layer_types: global attention must come in every n-th block, the first one included")
+    return {"rope_base": wide["rope_base"], "window_rope_base": near["rope_base"], "global_every": every or 3,
             "window": config["local_attention"] // 2, "tied": config.get("tie_word_embeddings", True)}  # fmt: skip
 
 
@@ -254,14 +270,15 @@ MODERNBERT = Family(
     ),
     keys={"num_layers": "num_hidden_layers", "hidden_size": "hidden_size", "num_heads": "num_attention_heads",
           "ffn_size": "intermediate_size", "seq_len": "max_position_embeddings", "norm_eps": "norm_eps",
-          "global_every": "global_attn_every_n_layers", "norm_bias": "norm_bias", "head_bias": "decoder_bias"},
+          "norm_bias": "norm_bias", "head_bias": "decoder_bias"},
     fixed={"norm": "layernorm", "mlp": "geglu", "embedding_norm": "first", "head_transform": True},
     says={"hidden_activation": "gelu", "classifier_activation": "gelu", "attention_bias": False, "mlp_bias": False,
           "classifier_bias": False},
     read=_modernbert_ropes,
-    write=lambda shape: {"local_attention": 2 * shape.window, "global_rope_theta": shape.rope_base,
+    write=lambda shape: {"local_attention": 2 * shape.window if shape.window else 0,
+                         "global_attn_every_n_layers": shape.global_every, "global_rope_theta": shape.rope_base,
                          "local_rope_theta": shape.window_rope_base, "tie_word_embeddings": shape.tied,
-                         **dict.fromkeys(["bos_token_id", "cls_token_id", "eos_token_id", "pad_token_id", "sep_token_id"])},
+                         **dict.fromkeys(f"{name}_token_id" for name in ("bos", "cls", "eos", "pad", "sep"))},
 )  # fmt: skip
 
 _DIT = "backbone.blocks.{}"

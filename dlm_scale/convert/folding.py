@@ -57,7 +57,9 @@ def fold_dit(store: Store, config: Mapping[str, Any]) -> dict[str, Folded]:
 
     def add_norm(name: str, layer: str, shift: int) -> None:
         parts = (*time, f"{layer}.weight", f"{layer}.bias", f"{name}.weight")
-        folded[f"{name}.weight"] = Folded((width,), parts, lambda read: read(f"{name}.weight") * (1 + part(read, layer, shift + 1)))
+        folded[f"{name}.weight"] = Folded(
+            (width,), parts, lambda read: read(f"{name}.weight") * (1 + part(read, layer, shift + 1))
+        )
         folded[f"{name}.bias"] = Folded((width,), parts, lambda read: part(read, layer, shift))
 
     def add_gate(name: str, layer: str, gate: int) -> None:

@@ -49,8 +49,10 @@ def match_tensors(rows: Iterable[Row], table: dict[str, ParameterSpec], num_laye
                 found[name] = _matches(table[name], theirs.format(layer, layer, layer).split(), how)
     missing = [name for name in table if name not in found]
     if missing:
-        raise UsageError(f"this family has no place for {missing[0]} ({len(missing)} parameters of the model): a model of "
-                         "this shape cannot be converted to it")
+        raise UsageError(
+            f"this family has no place for {missing[0]} ({len(missing)} parameters of the model): a model of "
+            "this shape cannot be converted to it"
+        )
     return [match for name in table for match in found[name]]
 
 
@@ -102,14 +104,20 @@ def check_store(store: Store, matches: list[Match], ignored: Iterable[str], wher
     missing = [name for name in wanted if name not in store.tensors and name not in store.aliases]
     extra = [name for name in store.tensors if name not in wanted and name not in set(ignored)]
     if missing:
-        raise UsageError(f"{where}: tensor {missing[0]} is missing ({len(missing)} are): the file is of another model than "
-                         "its config.json, or not all of it is here")
+        raise UsageError(
+            f"{where}: tensor {missing[0]} is missing ({len(missing)} are): the file is of another model than "
+            "its config.json, or not all of it is here"
+        )
     if extra:
-        raise UsageError(f"{where}: there is no place for tensor {extra[0]} {list(store.tensors[extra[0]].shape)} "
-                         f"({len(extra)} in all): a part that our models do not have")
+        raise UsageError(
+            f"{where}: there is no place for tensor {extra[0]} {list(store.tensors[extra[0]].shape)} "
+            f"({len(extra)} in all): a part that our models do not have"
+        )
     for name, shape in wanted.items():
         stored = store.tensors[store.aliases.get(name, name)]
         if stored.shape != shape:
-            raise UsageError(f"{where}: tensor {name} has shape {list(stored.shape)}, its config.json makes it {list(shape)}")
+            raise UsageError(
+                f"{where}: tensor {name} has shape {list(stored.shape)}, its config.json makes it {list(shape)}"
+            )
         if stored.dtype not in ("float32", "float64", "bfloat16", "float16"):
             raise UsageError(f"{where}: tensor {name} is {stored.dtype}: quantised weights are not converted")

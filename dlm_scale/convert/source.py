@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,6 @@ from dlm_scale.checkpoint.layout import Box, extents, full_box, relative_slices
 from dlm_scale.checkpoint.manifest import MANIFEST_NAME
 from dlm_scale.checkpoint.reader import Checkpoint, open_checkpoint
 from dlm_scale.config import Config, ModelConfig, config_from_dict, config_from_text, dump_config
-from dlm_scale.config_text import parse_yaml
 from dlm_scale.convert.deepspeed import deepspeed_store, is_deepspeed
 from dlm_scale.convert.families import FAMILIES, Family, family_of
 from dlm_scale.convert.folding import Folded
@@ -71,13 +69,17 @@ def open_model(path: Path, config_path: Path | None = None, mask_id: int | None 
         return _checkpoint_model(path)
     if is_deepspeed(path):
         if config_path is None:
-            raise UsageError(f"{path} is DeepSpeed's and does not say what model it is of: add --config CONFIG, the config.json"
-                             " or our YAML that it was trained with, or convert it --to safetensors")  # fmt: skip
+            raise UsageError(f"{path} is DeepSpeed's and does not say what model it is of: add --config CONFIG, the"
+                             " config.json or our YAML that it was trained with, or convert it --to safetensors")  # fmt: skip
         store = deepspeed_store(path)
-        return _yaml_model(store, config_path) if config_path.suffix != ".json" else _foreign_model(store, config_path, mask_id)
+        return (
+            _yaml_model(store, config_path)
+            if config_path.suffix != ".json"
+            else _foreign_model(store, config_path, mask_id)
+        )
     if not (path / "config.json").is_file():
-        raise UsageError(f"{path} is neither a run nor a checkpoint of ours, no Hugging Face folder (it has no config.json)"
-                         " and no DeepSpeed checkpoint")  # fmt: skip
+        raise UsageError(f"{path} is neither a run nor a checkpoint of ours, no Hugging Face folder (it has no"
+                         " config.json) and no DeepSpeed checkpoint")  # fmt: skip
     return _foreign_model(_weights(path), path / "config.json", mask_id)
 
 
@@ -104,8 +106,9 @@ def _check_checkpoint(checkpoint: Checkpoint, table: dict[str, ParameterSpec], s
     wanted = {(name, slot): spec.shape for slot in {"param", "ema"} & set(slots) for name, spec in table.items()}
     if stored != wanted:
         wrong = sorted(key for key in {*stored, *wanted} if stored.get(key) != wanted.get(key))[0]
-        raise UsageError(f"{checkpoint.path}: tensor {wrong[0]} ({wrong[1]}) does not fit its config.yaml: take another"
-                         " checkpoint")
+        raise UsageError(
+            f"{checkpoint.path}: tensor {wrong[0]} ({wrong[1]}) does not fit its config.yaml: take another checkpoint"
+        )
 
 
 def _weights(path: Path) -> Store:
@@ -142,7 +145,9 @@ def _own_model(store: Store, values: Mapping[str, Any], folder: Path) -> Model:
     shape = {key: values[key] for key in ModelConfig.model_fields if key in values}
     vocabulary = Vocabulary(values["vocab_size"], values["mask_token_id"], tuple(values.get("suppressed_ids", ())))
     documents = _original_documents(folder)
-    config = config_from_text(documents["config.yaml"].decode(), f"{folder}/{ORIGINAL}/config.yaml") if documents else None
+    config = (
+        config_from_text(documents["config.yaml"].decode(), f"{folder}/{ORIGINAL}/config.yaml") if documents else None
+    )
     meta = _meta(documents[TOKENIZER_DOCUMENT], f"{folder}/{ORIGINAL}") if documents else _no_tokenizer(vocabulary)
     if config is None or meta.vocabulary != vocabulary or config.model.model_dump(include=set(shape)) != shape:
         config, meta = plain_config(shape, str(folder)), _no_tokenizer(vocabulary)
@@ -193,8 +198,8 @@ def _model(store, family, config, meta, table, matches, documents, notes=(), fol
         return whole.view(spec.view)[relative_slices(box, full_box(spec.view))].reshape(extents(box))
 
     lines = tuple(f"{m.ours} <- {m.theirs} {list(m.shape)}{' (transposed)' * m.is_transposed}" for m in matches)
-    identity = json.dumps([(name, stored.dtype, stored.shape, [(str(run.path), *_stamp(run.path)) for run in stored.runs[:1]])
-                           for name, stored in sorted(store.tensors.items())])  # fmt: skip
+    files = {str(run.path): _stamp(run.path) for stored in store.tensors.values() for run in stored.runs}
+    identity = json.dumps(sorted(files.items()))
     return Model(store.path, family, config, meta, table, ("param",), read, documents, identity, tuple(notes), lines)
 
 
@@ -260,7 +265,9 @@ def _row_notes(store: Store, matches: list[Match], table: dict[str, ParameterSpe
             if want > have:
                 notes.append(f"{match.ours}: {have} rows, and {want - have} new (the mean of the others)")
             elif want < have:
-                notes.append(f"{match.ours}: {want} of {have} rows (the rest are no ids of the tokenizer, or the mask's)")
+                notes.append(
+                    f"{match.ours}: {want} of {have} rows (the rest are no ids of the tokenizer, or the mask's)"
+                )
     return notes
 
 
@@ -269,11 +276,13 @@ def _rows_as_named(rows: tuple[Row, ...], store: Store) -> tuple[Row, ...]:
     first, _, rest = rows[0][1].partition(".")
     if rows[0][1] in store.tensors or rest not in store.tensors:
         return rows
-    return tuple((ours, " ".join(name.removeprefix(f"{first}.") for name in theirs.split()), how) for ours, theirs, how in rows)
+    return tuple(
+        (ours, " ".join(name.removeprefix(f"{first}.") for name in theirs.split()), how) for ours, theirs, how in rows
+    )
 
 
 def _vocabulary(family: Family, config: Mapping[str, Any], folder: Path, mask_id: int | None):
-    """(vocabulary, meta, tokenizer files, notes): from the folder's tokenizer, or else from config.json or `mask_id`."""
+    """(vocabulary, meta, tokenizer files, notes): from the folder's tokenizer, or from config.json or `mask_id`."""
     size = config.get("vocab_size")
     if type(size) is not int or size < 2:
         raise UsageError(f"{folder}/config.json: vocab_size is {size!r}")
@@ -285,7 +294,7 @@ def _vocabulary(family: Family, config: Mapping[str, Any], folder: Path, mask_id
         raise UsageError(f"{folder} has no tokenizer.json that would name the mask: add --mask_id ID")
     if found is None:
         found, size = (size - 1, size) if family.mask == "last" else (size, size + 1)
-    vocabulary = Vocabulary(size, found)
+    vocabulary = Vocabulary(max(size, found + 1), found)
     return vocabulary, _no_tokenizer(vocabulary), {}, (f"no tokenizer: the mask is id {found}",)
 
 
@@ -302,7 +311,8 @@ def plain_config(shape: Mapping[str, Any], origin: str) -> Config:
     """A config around a shape that came without one: what training it needs is for its next config to say."""
     raw = {
         "model": dict(shape), "data": {"train": f"converted from {origin}"},
-        "train": {"global_batch_size": 1, "micro_batch_size": 1, "num_steps": 1, "precision": "fp32", "out": "converted"},
+        "train": {"global_batch_size": 1, "micro_batch_size": 1, "num_steps": 1, "precision": "fp32",
+                  "out": "converted"},
         "optimizer": {"learning_rate": 1e-4},
     }  # fmt: skip
     return config_from_dict(raw, origin)
@@ -310,8 +320,12 @@ def plain_config(shape: Mapping[str, Any], origin: str) -> Config:
 
 def _documents(config: Config, meta: TokenizerMeta, files: dict[str, bytes], origin: str) -> dict[str, bytes]:
     state = {"step": 0, "samples": 0, "tokens": 0, "data_fingerprint": "converted"}
-    made = {"config.yaml": dump_config(config).encode(), TOKENIZER_DOCUMENT: json.dumps(meta.tokenizer_dict(), indent=1).encode(),
-            "state.json": json.dumps(state).encode(), "provenance.json": json.dumps({"converted_from": origin}).encode()}  # fmt: skip
+    made = {
+        "config.yaml": dump_config(config).encode(),
+        TOKENIZER_DOCUMENT: json.dumps(meta.tokenizer_dict(), indent=1).encode(),
+        "state.json": json.dumps(state).encode(),
+        "provenance.json": json.dumps({"converted_from": origin}).encode(),
+    }
     return made | files
 
 

@@ -121,6 +121,8 @@ def _listed(folder: Path) -> list[Path]:
             found |= dict.fromkeys(read_header(fd, file.name, num_dims=None), file.name)
     wrong = [name for name in {*weight_map, *found} if weight_map.get(name) != found.get(name)]
     if wrong:
-        raise UsageError(f"{folder}: {INDEX_NAME} and the files disagree on {sorted(wrong)[:3]} ({len(wrong)} tensors): "
-                         "a file is missing or of another model; fetch the folder again")
+        raise UsageError(
+            f"{folder}: {INDEX_NAME} and the files disagree on {sorted(wrong)[:3]} ({len(wrong)} tensors): "
+            "a file is missing or of another model; fetch the folder again"
+        )
     return files

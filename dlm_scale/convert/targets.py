@@ -35,9 +35,11 @@ def write_hf(model: Model, target: Path, *, dtype: str, slot: str, family: str, 
     own = family == "dlm_scale"
     entries = hf_entries(model, family, dtype, slot)
     shards = split_shards(entries, max_shard_bytes)
-    names = [SINGLE_NAME] if len(shards) == 1 else [
-        f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)
-    ]
+    names = (
+        [SINGLE_NAME]
+        if len(shards) == 1
+        else [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    )
     files = {"config.json": _json(hf_config(model, family, dtype))} | tokenizer_files(model)
     if own:
         files |= bundle_files() | {"README.md": model_card(model, slot)}
@@ -82,7 +84,11 @@ def _read_theirs(model: Model, match: Match, shape: tuple[int, ...], dtype: torc
         values = torch.cat([model.read(match.ours, slot, box, dtype).view(-1) for box in match.boxes])
     if match.is_transposed:
         return values.view(shape[::-1]).T.contiguous()
-    return resized_rows(values.view(-1, *shape[1:]), shape[0]) if values.numel() != volume(full_box(shape)) else values.view(shape)
+    return (
+        resized_rows(values.view(-1, *shape[1:]), shape[0])
+        if values.numel() != volume(full_box(shape))
+        else values.view(shape)
+    )
 
 
 def hf_config(model: Model, family: str, dtype: str) -> dict:
@@ -128,7 +134,9 @@ def _metadata(model: Model, slot: str) -> dict[str, str]:
     return {"format": "pt", "model": shape, "vocabulary": json.dumps(model.meta.tokenizer_dict()), "weights": slot}
 
 
-def write_checkpoint_target(model: Model, target: Path, *, slot: str | None, ranks: int, tensor_size: int, say: Say) -> None:
+def write_checkpoint_target(
+    model: Model, target: Path, *, slot: str | None, ranks: int, tensor_size: int, say: Say
+) -> None:
     """A checkpoint folder as `ranks` ranks would have written it, `tensor_size` of them to a model.
 
     slot None: everything that there is, optimizer included; else only those weights, as `param`.
@@ -155,7 +163,7 @@ def write_checkpoint_target(model: Model, target: Path, *, slot: str | None, ran
 
 
 def _pieces(model: Model, slots: Mapping[str, str], ranks: int, tensor_size: int) -> Iterator[tuple]:
-    """(spec, slot, rank, box, start, numel): each tensor-parallel rank's boxes, shared out over the data-parallel ones."""
+    """(spec, slot, rank, box, start, numel): each tensor-parallel rank's boxes, shared out over the data-parallel."""
     data_size = ranks // tensor_size
     for spec in model.table.values():
         rows = padded_rows(spec.shape[0], tensor_size) // tensor_size if spec.is_table else spec.shape[0]
@@ -191,7 +199,11 @@ def _check_layout(model: Model, ranks: int, tensor_size: int) -> None:
     if shape.num_kv_heads % tensor_size and tensor_size % shape.num_kv_heads:
         uneven.append("num_kv_heads")
     if ranks < 1 or tensor_size < 1 or ranks % tensor_size or uneven:
-        cause = f"model.{uneven[0]} = {getattr(shape, uneven[0])} does not divide by it" if uneven else f"--ranks is {ranks}"
+        cause = (
+            f"model.{uneven[0]} = {getattr(shape, uneven[0])} does not divide by it"
+            if uneven
+            else f"--ranks is {ranks}"
+        )
         raise UsageError(f"--tensor_parallel_size {tensor_size}: {cause}; --ranks must be a multiple of it")
 
 

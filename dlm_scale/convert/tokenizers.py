@@ -60,7 +60,7 @@ def _with_specials(bpe: Any, tokenizer: Tokenizer, before: tuple[str, ...] = ())
 
 
 def byte_characters() -> list[str]:
-    """The character that byte-level tokenizers write for each byte: itself where it is visible, else one from 256 on."""
+    """The character that byte-level tokenizers write for a byte: itself where it is visible, else one from 256 on."""
     visible = {*range(33, 127), *range(161, 173), *range(174, 256)}
     hidden = iter(range(256, 512))
     return [chr(byte if byte in visible else next(hidden)) for byte in range(256)]
@@ -87,7 +87,9 @@ def _char(tokenizer: Tokenizer) -> tuple[Any, dict[str, str]]:
 
 def _gpt2(tokenizer: Tokenizer) -> tuple[Any, dict[str, str]]:
     library, shown = _library(), byte_characters()
-    ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, tokenizer.files[GPT2_FILE].splitlines())}
+    ranks = {
+        base64.b64decode(token): int(rank) for token, rank in map(bytes.split, tokenizer.files[GPT2_FILE].splitlines())
+    }
     vocabulary = {"".join(shown[byte] for byte in token): rank for token, rank in ranks.items()}
     merges = [tuple("".join(shown[byte] for byte in part) for part in _halves(token, ranks))
               for token in sorted(ranks, key=ranks.get) if len(token) > 1]  # fmt: skip

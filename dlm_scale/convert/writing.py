@@ -1,7 +1,7 @@
 """Folders of safetensors files, written so that they are there whole or not at all.
 
-    DST.partial/progress.jsonl   the request, then a line for each file that is done: the same command goes on from it
-    DST.partial/*                what will be in DST; every file is read again and hashed before the one rename
+DST.partial/progress.jsonl   the request, then a line for each file that is done: the same command goes on from it
+DST.partial/*                what will be in DST; every file is read again and hashed before the one rename
 """
 
 from __future__ import annotations
@@ -20,7 +20,15 @@ from typing import Any
 import torch
 import xxhash
 
-from dlm_scale.checkpoint.files import FileRecord, check_record, dump_json, fsync_folder, load_json, open_regular, write_file
+from dlm_scale.checkpoint.files import (
+    FileRecord,
+    check_record,
+    dump_json,
+    fsync_folder,
+    load_json,
+    open_regular,
+    write_file,
+)
 from dlm_scale.checkpoint.layout import DTYPES
 from dlm_scale.checkpoint.safetensors_format import encode_header, read_header
 from dlm_scale.errors import UsageError
@@ -66,10 +74,12 @@ def refuse_existing(target: Path) -> None:
         raise UsageError(f"{target.parent} is no folder: make it first")
 
 
-def write_target(target: Path, shards: Mapping[str, Sequence[Entry]], files: Files, identity: str, metadata: dict[str, str],
-                 say: Callable[[str], None] = lambda text: None, *, is_file: bool = False) -> None:  # fmt: skip
-    """Write `shards` (file name -> entries) and then `files(records of the shards)` (name or folder/name -> content) as the
-    folder `target`, or with `is_file` the one shard as the file `target`.
+def write_target(
+    target: Path, shards: Mapping[str, Sequence[Entry]], files: Files, identity: str, metadata: dict[str, str],
+    say: Callable[[str], None] = lambda text: None, *, is_file: bool = False,
+) -> None:  # fmt: skip
+    """Write `shards` (file name -> entries) and then `files(records of the shards)` (name or folder/name -> content) as
+    the folder `target`, or with `is_file` the one shard as the file `target`.
 
     Raises UsageError where it exists or cannot be written; then it still does not exist."""
     refuse_existing(target)
@@ -106,8 +116,9 @@ def write_target(target: Path, shards: Mapping[str, Sequence[Entry]], files: Fil
             shutil.rmtree(partial, ignore_errors=True)
         raise
     except OSError as error:
-        raise UsageError(f"{target} not written: {error}. What is done stays in {partial}: the same command goes on from"
-                         " there") from error
+        raise UsageError(
+            f"{target} not written: {error}. What is done stays in {partial}: the same command goes on from there"
+        ) from error
 
 
 def _raw_bytes(entry: Entry) -> Any:

@@ -113,8 +113,8 @@ def annealed(engine: Any, config: Any, step: int) -> Callable:
 
     def hidden_fn(*inputs: Any, attention: Any = None, **options: Any) -> Any:
         if attention is not None:
-            raise UsageError("diffusion.attention_anneal_steps: rows of packed documents have a mask of their own; set it"
-                             " to 0, or prepare the data unpacked")  # fmt: skip
+            raise UsageError("diffusion.attention_anneal_steps: rows of packed documents have a mask of their own; set"
+                             " it to 0, or prepare the data unpacked")  # fmt: skip
         return engine(*inputs, attention=lookahead, **options)
 
     return hidden_fn

@@ -1,5 +1,6 @@
 """Starting from another model's weights: any checkpoint of the same shape, one of an autoregressive model too
-(`tools/convert_checkpoint.py` makes it). Vocabulary tables may have other rows: new ones start as the mean of the old."""
+(`tools/convert_checkpoint.py` makes it). Vocabulary tables may have other rows: new ones start as the mean of the
+old."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ MEAN_ROWS = 4096  # of a table at a time
 
 
 def open_origin(path: Path, config: Any, data: Any) -> Callable[[ParameterSpec, Box, int, int], torch.Tensor]:
-    """initial(spec, box, start, numel): elements of a box of the weights in checkpoint `path`, its average if it has one.
+    """initial(spec, box, start, numel): elements of a box of the weights (the average, if there is one) in `path`.
 
     Raises UsageError where they are of another shape or another tokenizer than this run's.
     """
@@ -44,7 +45,9 @@ def open_origin(path: Path, config: Any, data: Any) -> Callable[[ParameterSpec, 
     return initial
 
 
-def _rows(checkpoint: Checkpoint, spec: ParameterSpec, slot: str, start: int, numel: int, mean: Callable) -> torch.Tensor:
+def _rows(
+    checkpoint: Checkpoint, spec: ParameterSpec, slot: str, start: int, numel: int, mean: Callable
+) -> torch.Tensor:
     """Elements [start, start + numel) of a table whose rows are other than those stored."""
     stored = checkpoint.tensors[spec.name, slot].shape
     known = max(0, min(numel, math.prod(stored) - start))
@@ -79,14 +82,19 @@ def _check(checkpoint: Checkpoint, old: Any, new: Any, meta: Any) -> None:
     theirs = json.loads(checkpoint.document(TOKENIZER_DOCUMENT))
     ours = json.loads(json.dumps(meta.tokenizer_dict()))
     if theirs["tokenizer"]["kind"] != "none" and theirs != ours:
-        raise UsageError(f"{where} has another tokenizer than data.train: prepare the data with the files of that checkpoint,"
-                         " or convert it with --mask_id if you know that the ids mean the same")  # fmt: skip
+        raise UsageError(f"{where} has another tokenizer than data.train: prepare the data with the files of that"
+                         " checkpoint, or convert it with --mask_id if you know that the ids mean the same")  # fmt: skip
     for name, spec in parameter_table(new, meta.vocabulary).items():
         have = tuple(checkpoint.tensors[name, "param"].shape) if (name, "param") in checkpoint.tensors else None
         is_table = have is not None and (spec.is_table or name in ("head.bias", "positions.weight"))
         if have != spec.shape and not (is_table and have[1:] == spec.shape[1:]):
             raise UsageError(f"{where}: tensor {name} has shape {have}, not {spec.shape}")
         if have != spec.shape:
-            change = f"{spec.shape[0] - have[0]} new, the mean of the others" if spec.shape[0] > have[0] else "the first of them"
-            logging.getLogger(__name__).warning("model.init_from: %s has %d rows there, %d here (%s)", name, have[0],
-                                                spec.shape[0], change)
+            change = (
+                f"{spec.shape[0] - have[0]} new, the mean of the others"
+                if spec.shape[0] > have[0]
+                else "the first of them"
+            )
+            logging.getLogger(__name__).warning(
+                "model.init_from: %s has %d rows there, %d here (%s)", name, have[0], spec.shape[0], change
+            )

@@ -1,4 +1,4 @@
-"""`pipeline("text-diffusion")`: text from a prompt, whole or block by block, at once or as a stream of its denoising."""
+"""`pipeline("text-diffusion")`: text from a prompt, whole or block by block, at once or as a stream."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ DEFAULTS = {
 
 
 class TextDiffusionPipeline(Pipeline):
-    """pipe(prompt, ...) -> {"decoded_texts": [text], "final_ids": [ids], "num_passes": [n]}; texts begin with the prompt.
+    """pipe(prompt, ...) -> {"decoded_texts": [text], "final_ids": [ids], "num_passes": [n]}, the prompt in front.
 
     num_steps       most passes of a text, or of each block (default 50)
     use_confidence  reveal the tokens first that the model is surest of, instead of any
@@ -53,7 +53,9 @@ class TextDiffusionPipeline(Pipeline):
     def _sanitize_parameters(self, max_length: int | None = None, **settings: Any) -> tuple[dict, dict, dict]:
         unknown = set(settings) - set(DEFAULTS)
         if unknown:
-            raise ValueError(f"{sorted(unknown)} are no settings of this pipeline; there are max_length, {', '.join(DEFAULTS)}")
+            raise ValueError(
+                f"{sorted(unknown)} are no settings of this pipeline; there are max_length, {', '.join(DEFAULTS)}"
+            )
         return {}, {**({} if max_length is None else {"max_length": max_length}), **settings}, {}
 
     def preprocess(self, prompt: str) -> dict[str, Any]:
@@ -92,8 +94,10 @@ class TextDiffusionPipeline(Pipeline):
             max_length = min(most, len(ids) + NEW_TOKENS)
         block_size = block_size or max_length - len(ids)
         if not len(ids) < max_length <= most or not 0 < block_size <= context:
-            raise ValueError(f"the prompt has {len(ids)} tokens, max_length is {max_length}, block_size {block_size}, the "
-                             f"context {context} tokens: a longer max_length needs block_size, at most the context")
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens, max_length is {max_length}, block_size {block_size}, the "
+                f"context {context} tokens: a longer max_length needs block_size, at most the context"
+            )
         stop_id = self._stop_id(settings.pop("stop_token"))
         texts, passes = [], []
         for sample in range(settings.pop("num_samples")):
@@ -102,22 +106,22 @@ class TextDiffusionPipeline(Pipeline):
             for frame, count in self._blocks(ids, prompt["hash"], block_size, max_length, options):
                 texts[sample], passes[sample] = frame, passes[sample] + count
                 yield list(texts), list(passes)
-            if stop_id in texts[sample][len(ids):]:
+            if stop_id in texts[sample][len(ids) :]:
                 texts[sample] = texts[sample][: texts[sample].index(stop_id, len(ids))]
                 yield list(texts), list(passes)
 
     def _blocks(self, ids: list[int], hash_: int, block_size: int, max_length: int, options: dict) -> Iterator[tuple]:
-        """(all ids, passes since the last frame) after every pass; a block sees as much of the text as the context holds."""
+        """(all ids, passes since the last frame) after every pass; a block sees what of the text the context holds."""
         block = 0
         while len(ids) < max_length:
             size = min(block_size, max_length - len(ids))
-            seen = ids[max(0, len(ids) + size - self.model.config.seq_len):]
+            seen = ids[max(0, len(ids) + size - self.model.config.seq_len) :]
             x_BL = torch.tensor([seen + [options["mask_id"]] * size], device=self.model.device)
             is_fixed_BL = torch.arange(x_BL.shape[1], device=x_BL.device)[None] < len(seen)
             own = zlib.crc32(b"%d" % block, hash_) if block else hash_
             count = 0
             for state in stream(self.model.predict, x_BL, is_fixed_BL, request_hashes=[own], **options):
-                frame, now = ids + state.x_BL[0, len(seen):].tolist(), int(state.nfe_B[0])
+                frame, now = ids + state.x_BL[0, len(seen) :].tolist(), int(state.nfe_B[0])
                 yield frame, now - count
                 count = now
             ids, block = frame, block + 1
@@ -129,7 +133,9 @@ class TextDiffusionPipeline(Pipeline):
         flags = options.pop("use_confidence"), options.pop("allow_edits")
         named = options.pop("sampler")
         if named is None and flags not in SAMPLERS:
-            raise ValueError("use_confidence and allow_edits exclude each other: an order by confidence knows no way back")
+            raise ValueError(
+                "use_confidence and allow_edits exclude each other: an order by confidence knows no way back"
+            )
         stop_ids = [] if stop_id is None else [stop_id]
         return options | {"sampler": named or SAMPLERS[flags], "sample_indices": [sample], "stop_ids": stop_ids,
                           "mask_id": self.model.config.mask_token_id}  # fmt: skip
@@ -141,4 +147,3 @@ class TextDiffusionPipeline(Pipeline):
         if len(ids) != 1:
             raise ValueError(f"stop_token {token!r} is {len(ids)} tokens of this tokenizer: it must be one")
         return ids[0]
-

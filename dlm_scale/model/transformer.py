@@ -163,8 +163,8 @@ class TimeEmbedding(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each after its norm, or with `norm_placement` post before it; with adaLN, scale, shift and gate
-    of both from the conditioning vector.
+    """Attention and MLP, each after its norm, or with `norm_placement` post before it; with adaLN, scale, shift and
+    gate of both from the conditioning vector.
 
     The modulation starts at zero, where it is the identity: the first step equals the time-agnostic model. The
     conditioning vectors are one a row, or with `segment_BL` one a segment, of which it tells each position's.
@@ -174,7 +174,8 @@ class Block(nn.Module):
         super().__init__()
         self.is_post_norm = config.norm_placement == "post"
         self.is_local = config.window is not None and number % config.global_every > 0
-        self.attention_norm = make_norm(config, layers.over_sequence) if has_first_norm(config, number) else nn.Identity()
+        has_norm = has_first_norm(config, number)
+        self.attention_norm = make_norm(config, layers.over_sequence) if has_norm else nn.Identity()
         self.attention = Attention(config, layers, config.window if self.is_local else None)
         self.mlp_norm = make_norm(config, layers.over_sequence)
         self.mlp = MLPS[config.mlp](config, layers)

@@ -46,9 +46,14 @@ def write_random(run: Path, config: Config, tokenizer: Tokenizer) -> Path:
             values = 0.3 * torch.randn(spec.numel, generator=generator) + (spec.name.endswith("gain"))
             pieces.append(Piece(spec.name, slot, spec.shape, spec.view, full_box(spec.view), 0, values))
     state = {"step": 3, "samples": 12, "tokens": 99, "data_fingerprint": "0" * 32}
-    documents = {"config.yaml": dump_config(config).encode(), "state.json": json.dumps(state).encode(),
-                 TOKENIZER_DOCUMENT: json.dumps(tokenizer.meta.tokenizer_dict()).encode(),
-                 "provenance.json": b"{}", **tokenizer.files}
+    documents = {
+        "config.yaml": dump_config(config).encode(),
+        "state.json": json.dumps(state).encode(),
+        TOKENIZER_DOCUMENT: json.dumps(tokenizer.meta.tokenizer_dict()).encode(),
+        "provenance.json": b"{}",
+        **tokenizer.files,
+    }
     run.mkdir()
-    return write_checkpoint(run, 3, pieces, rank=0, world_size=1, gather=lambda value: [value], documents=documents,
-                            keep_last=1)
+    return write_checkpoint(
+        run, 3, pieces, rank=0, world_size=1, gather=lambda value: [value], documents=documents, keep_last=1
+    )

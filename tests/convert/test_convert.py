@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -70,7 +71,9 @@ def _train_and_save(out) -> None:
     from tests.engine.cases import build_trainer, case_config, open_data
 
     runtime = start_runtime("cpu", 2, 60)
-    config = case_config(zero__stage=3, train__micro_batch_size=4, parallel__tensor_parallel_size=2, model__num_kv_heads=2)
+    config = case_config(
+        zero__stage=3, train__micro_batch_size=4, parallel__tensor_parallel_size=2, model__num_kv_heads=2
+    )
     data = open_data("synthetic:389", config.model.seq_len, 5)
     trainer = build_trainer(config, runtime, data.vocabulary)
     state = start_fresh(trainer)
@@ -84,7 +87,9 @@ def _train_and_save(out) -> None:
 def test_one_file_for_the_safetensors_library(dtype, checkpoint, tmp_path):
     source = open_checkpoint(checkpoint())
     flag = {"float32": "fp32", "bfloat16": "bf16"}[dtype]
-    convert(source.path, tmp_path / "all.safetensors", "--to=safetensors", f"--dtype={flag}")  # the average is there: taken
+    convert(
+        source.path, tmp_path / "all.safetensors", "--to=safetensors", f"--dtype={flag}"
+    )  # the average is there: taken
     found = load_file(tmp_path / "all.safetensors")
     assert set(found) == {name for name, _ in source.tensors}
     assert all(torch.equal(values, source.read(name, "ema").to(values.dtype)) for name, values in found.items())
@@ -129,12 +134,13 @@ def test_what_is_wrong_is_said_once_and_nothing_is_left(checkpoint, tmp_path):
         (lambda: weights(lambda tensors: tensors.update({"lora_a": torch.zeros(3)})), "no place for tensor lora_a"),
         (lambda: weights(lambda tensors: tensors.pop(name)), f"{name} is missing"),
         (lambda: (hf / "config.json").write_text("{"), "not valid JSON"),
-        (lambda: (hf / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x"}}'), "does not name files"),
+        (
+            lambda: (hf / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x"}}'),
+            "does not name files",
+        ),
     ]
     for damage, complaint in cases:
         damage()
-        import re
-
         assert re.search(complaint, refusal(hf, target, "--to=dlm")), complaint
         (hf / "model.safetensors.index.json").unlink(missing_ok=True)
         for file, data in whole.items():
@@ -147,11 +153,10 @@ def test_what_is_wrong_is_said_once_and_nothing_is_left(checkpoint, tmp_path):
     [(["--to=dlm", "--dtype=bf16"], "float32 master weights"), (["--to=hf", "--ranks=2"], "--ranks is for --to dlm"),
      (["--to=hf", "--family=mamba"], "not known"), (["--to=hf", "--weights=momentum"], "invalid choice"),
      (["--to=dlm", "--ranks=3", "--tensor_parallel_size=2"], "multiple"), (["--to=safetensors"], "NAME.safetensors"),
-     (["--to=dlm", "--ranks=8", "--tensor_parallel_size=8"], "model.num_heads = 4"), (["--to=hf", "--family=gpt2"], "gpt2|place|none of")],
+     (["--to=dlm", "--ranks=8", "--tensor_parallel_size=8"], "model.num_heads = 4"),
+     (["--to=hf", "--family=gpt2"], "place|none of")],
 )  # fmt: skip
 def test_flags_that_cannot_be_meant_are_refused(flags, complaint, checkpoint, tmp_path):
-    import re
-
     assert re.search(complaint, refusal(checkpoint(), tmp_path / "target", *flags))
     assert not list(tmp_path.glob("target*"))
 
@@ -179,7 +184,9 @@ def test_a_conversion_that_died_goes_on_from_its_last_whole_file(checkpoint, tmp
     assert not (tmp_path / "hf").exists() and len(written) == 3
     (tmp_path / "hf.partial" / written[1]).write_bytes(b"damaged meanwhile")
     again = []
-    monkeypatch.setattr(writing, "write_file", lambda path, parts: (again.append(path.name), write_file(path, parts))[1])
+    monkeypatch.setattr(
+        writing, "write_file", lambda path, parts: (again.append(path.name), write_file(path, parts))[1]
+    )
     convert(source, tmp_path / "hf", *options)
     assert written[0] not in again and written[2] not in again and written[1] in again
     names = sorted(path.name for path in (tmp_path / "calm").rglob("*") if path.is_file())
@@ -203,7 +210,13 @@ def test_what_is_written_is_read_again_before_it_counts(checkpoint, tmp_path, mo
 
 
 def test_the_program_ends_with_2_and_one_line(tmp_path):
-    program = [sys.executable, str(ROOT / "tools" / "convert_checkpoint.py"), str(tmp_path), str(tmp_path / "x"), "--to=hf"]
+    program = [
+        sys.executable,
+        str(ROOT / "tools" / "convert_checkpoint.py"),
+        str(tmp_path),
+        str(tmp_path / "x"),
+        "--to=hf",
+    ]
     done = subprocess.run(program, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "error:" in done.stderr
     assert os.listdir(tmp_path) == []
@@ -245,3 +258,44 @@ def test_the_code_of_an_export_imports_nothing_but_torch_transformers_and_numpy(
                 modules = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module]
                 tops = {module.split(".")[0] for module in modules}
                 assert tops <= {"torch", "transformers", "numpy", *sys.stdlib_module_names}, (name, tops)
+
+
+def test_the_model_card_says_what_the_run_measured(checkpoint, tmp_path):
+    source = checkpoint()
+    lines = [{"step": 0, "val_nelbo": 5.5, "val_nelbo_se": 0.1}, {"step": 2, "loss": 1.0},
+             {"step": 3, "val_nelbo": 1.25, "val_nelbo_se": 0.0125}, {"step": 9, "val_nelbo": 0.5}]  # fmt: skip
+    (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 10')
+    convert(source, tmp_path / "hf", "--to=hf")
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "NELBO <= 1.2500 nats a token (standard error 0.0125), perplexity <= 3.490, at step 3" in card
+    assert "moving average (EMA)" in card and "256 ids" not in card and "257 ids (byte tokenizer), mask 256" in card
+    convert(tmp_path / "run", tmp_path / "other", "--to=dlm")
+    convert(tmp_path / "other", tmp_path / "elsewhere", "--to=hf")
+    assert "No evaluation of this checkpoint is on record." in (tmp_path / "elsewhere" / "README.md").read_text()
+
+
+def test_uploading_is_left_to_the_hubs_own_client(monkeypatch, tmp_path):
+    """No network: the client is replaced, and its refusal becomes one of ours that says what is there."""
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError
+
+    from dlm_scale.convert.push import push_folder
+
+    calls = []
+
+    class Client:
+        endpoint = "https://hub.invalid"
+
+        def create_repo(self, repository, **options):
+            if "//" in repository:
+                raise HFValidationError("no such name")
+            calls.append((repository, options))
+
+        def upload_folder(self, **options):
+            calls.append(options)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Client)
+    assert push_folder(tmp_path, "me/model") == "https://hub.invalid/me/model"
+    assert calls == [("me/model", {"private": True, "exist_ok": True}), {"repo_id": "me/model", "folder_path": tmp_path}]
+    with pytest.raises(UsageError, match="is complete, but could not be uploaded"):
+        push_folder(tmp_path, "//")

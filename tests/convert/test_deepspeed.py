@@ -1,4 +1,4 @@
-"""DeepSpeed's own checkpoints, made by DeepSpeed: equal to what its zero_to_fp32 gives, and nothing in them is executed."""
+"""DeepSpeed's own checkpoints, made by DeepSpeed: equal to what zero_to_fp32 gives, and nothing in them is executed."""
 
 from __future__ import annotations
 
@@ -151,7 +151,8 @@ def payloads(canary: Path) -> dict[str, bytes]:
         "os.system": Calls(os.system, command), "exec": Calls(builtins.exec, code), "eval": Calls(builtins.eval, code),
         "popen": Calls(subprocess.Popen, ["touch", str(canary)]), "open": Calls(builtins.open, str(canary), "w"),
         "import": Calls(builtins.__import__, "antigravity"), "getattr": Calls(getattr, os, "system"),
-        "torch.load": Calls(torch.load, str(canary)), "nested": Calls(OrderedDict, [("module", Calls(os.system, command))]),
+        "torch.load": Calls(torch.load, str(canary)),
+        "nested": Calls(OrderedDict, [("module", Calls(os.system, command))]),
         "as a tensor": Calls(torch._tensor._rebuild_from_type_v2, os.system, str, (command,), None),
         "in a tensor": Calls(tensor, Calls(os.system, command), 0, (1,), (1,), False, OrderedDict()),
     }  # fmt: skip
@@ -223,9 +224,15 @@ def test_damaged_pickles_give_data_or_one_clear_error(made, tmp_path):
 
 
 def test_what_torch_saves_is_read_as_it_is(tmp_path):
-    tensors = {"a": torch.randn(3, 5), "b": torch.arange(6, dtype=torch.int16), "half": torch.randn(7).bfloat16(),
-               "view": torch.arange(10.0)[2:8], "none": torch.zeros(0, 3), "weight": nn.Parameter(torch.randn(2, 2)),
-               "scalar": torch.tensor(2.5)}
+    tensors = {
+        "a": torch.randn(3, 5),
+        "b": torch.arange(6, dtype=torch.int16),
+        "half": torch.randn(7).bfloat16(),
+        "view": torch.arange(10.0)[2:8],
+        "none": torch.zeros(0, 3),
+        "weight": nn.Parameter(torch.randn(2, 2)),
+        "scalar": torch.tensor(2.5),
+    }
     torch.save({"inside": tensors, "number": 3, "text": "x", "list": [1, None, True]}, tmp_path / "file.pt")
     found = read_torch_file(tmp_path / "file.pt")
     assert (found["number"], found["text"], found["list"]) == (3, "x", [1, None, True])

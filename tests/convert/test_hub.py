@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,12 @@ SHAPES = {
 
 
 def exported(source: Path, target: Path, slot: str = "param", **options) -> Path:
-    options = {"dtype": "float32", "family": "dlm_scale", "max_shard_bytes": 1 << 30, "say": lambda text: None} | options
+    options = {
+        "dtype": "float32",
+        "family": "dlm_scale",
+        "max_shard_bytes": 1 << 30,
+        "say": lambda text: None,
+    } | options
     write_hf(open_model(source), target, slot=slot, **options)
     return target
 
@@ -138,7 +144,8 @@ def pipe(specimen, tmp_path_factory) -> TextDiffusionPipeline:
 
 
 @pytest.mark.parametrize("flags, sampler", [({}, "ancestral"), ({"use_confidence": True}, "low_confidence"),
-                                            ({"allow_edits": True}, "remdm"), ({"sampler": "entropy"}, "entropy")])  # fmt: skip
+                                            ({"allow_edits": True}, "remdm"),
+                                            ({"sampler": "entropy"}, "entropy")])  # fmt: skip
 def test_the_pipeline_writes_the_text_of_dlm_sample(pipe, specimen, flags, sampler):
     from dlm_scale.cli import Parser
     from dlm_scale.sample import _report, _sample, _settings, add_arguments, make_request  # noqa: F401
@@ -156,7 +163,10 @@ def test_the_pipeline_writes_the_text_of_dlm_sample(pipe, specimen, flags, sampl
 
 def test_the_pipeline_stops_streams_and_goes_beyond_the_context(pipe):
     frames = list(pipe.stream_generation("the", num_steps=4, max_length=12, seed=1))
-    assert frames[0] == "the" + "<|mask|>" * 9 and frames[-1] == pipe("the", num_steps=4, max_length=12, seed=1)["decoded_texts"][0]
+    assert (
+        frames[0] == "the" + "<|mask|>" * 9
+        and frames[-1] == pipe("the", num_steps=4, max_length=12, seed=1)["decoded_texts"][0]
+    )
     whole = pipe("the", num_steps=4, max_length=60, block_size=5, seed=1)["decoded_texts"][0]
     assert len(whole) == 60 and whole.startswith("the")
     stop = whole[30]
@@ -179,12 +189,19 @@ def test_the_pipeline_refuses_what_it_cannot_do(pipe, settings, complaint):
         pipe("the", **settings)
 
 
-TEXTS = ["", "the quick brown fox", "Grüße, 世界 \U0001f600\r\n\ttabs  and   spaces ", "don't we'll 12345 x=y_z; \n\n\n end"]
+TEXTS = [
+    "",
+    "the quick brown fox",
+    "Grüße, 世界 \U0001f600\r\n\ttabs  and   spaces ",
+    "don't we'll 12345 x=y_z; \n\n\n end",
+]
 
 
 @pytest.mark.parametrize("kind", ["byte", "char", "gpt2", "hf"])
 def test_tokenizers_travel_with_their_ids(kind, checkpoint, tmp_path, shared_data):
-    spec = str(shared_data("gpt2.tiktoken")) if kind == "gpt2" else str(_hf_tokenizer(tmp_path)) if kind == "hf" else kind
+    spec = (
+        str(shared_data("gpt2.tiktoken")) if kind == "gpt2" else str(_hf_tokenizer(tmp_path)) if kind == "hf" else kind
+    )
     tokenizer = make_tokenizer(spec, TEXTS, CHAT_TOKENS)
     folder = exported(checkpoint(tokenizer), tmp_path / "export")
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
@@ -208,7 +225,9 @@ def _hf_tokenizer(folder: Path) -> Path:
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer, bpe.decoder = tokenizers.pre_tokenizers.ByteLevel(False), tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=["[MASK]", "</s>"], initial_alphabet=alphabet)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["[MASK]", "</s>"], initial_alphabet=alphabet
+    )
     bpe.train_from_iterator(TEXTS, trainer)
     bpe.save(str(folder / "tokenizer.json"))
     return folder / "tokenizer.json"
@@ -231,6 +250,21 @@ def test_an_export_answers_without_this_project(pipe, tmp_path):
     """Nothing of ours can be imported; the code comes from the export alone."""
     environment = {**os.environ, "HF_HOME": str(tmp_path), "PYTHONPATH": "", "PYTHONSAFEPATH": "1"}
     folder = pipe.model.config._name_or_path
-    done = subprocess.run([sys.executable, "-c", ALONE, folder], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, folder], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == repr(pipe("the ", num_steps=7, seed=5, max_length=13)["decoded_texts"][0])
+
+
+@pytest.mark.slow
+def test_a_fresh_environment_needs_transformers_and_torch_alone(pipe, tmp_path):
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    pins = [f"{name}=={version(name)}" for name in ("torch", "transformers")]
+    subprocess.run([python, "-m", "pip", "install", "--quiet", *pins], check=True, stdin=subprocess.DEVNULL)
+    environment = {"PATH": os.environ["PATH"], "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    command = [python, "-c", ALONE, pipe.model.config._name_or_path]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == repr(pipe("the ", num_steps=7, seed=5, max_length=13)["decoded_texts"][0])

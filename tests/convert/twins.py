@@ -1,4 +1,4 @@
-"""Small random models of every family: by transformers' own class, or a twin written from the published architecture."""
+"""Small random models of every family: of transformers' own class, or twins written from published architectures."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ class Twin:
     def make(self, folder: Path) -> nn.Module:
         model = shaken(self.build(self.config), 0.05)
         folder.mkdir()
-        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
+        save_file(
+            {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors"
+        )
         (folder / "config.json").write_text(json.dumps(self.config))
         return model
 
@@ -113,8 +115,9 @@ class LladaBlock(nn.Module):
 
     def forward(self, x):
         y, c = self.attn_norm(x), self.c
-        x = x + self.attn_out(attended(self.q_proj(y), self.k_proj(y), self.v_proj(y), c["n_heads"], c["n_kv_heads"],
-                                       c["rope_theta"]))
+        x = x + self.attn_out(
+            attended(self.q_proj(y), self.k_proj(y), self.v_proj(y), c["n_heads"], c["n_kv_heads"], c["rope_theta"])
+        )
         y = self.ff_norm(x)
         return x + self.ff_out(F.silu(self.ff_proj(y)) * self.up_proj(y))
 
@@ -124,9 +127,12 @@ class Llada(nn.Module):
 
     def __init__(self, c: dict):
         super().__init__()
-        names = {"wte": nn.Embedding(c["embedding_size"], c["d_model"]), "ln_f": RMS(c["d_model"], c["rms_norm_eps"]),
-                 "blocks": nn.ModuleList(LladaBlock(c) for _ in range(c["n_layers"])),
-                 "ff_out": nn.Linear(c["d_model"], c["embedding_size"], bias=False)}
+        names = {
+            "wte": nn.Embedding(c["embedding_size"], c["d_model"]),
+            "ln_f": RMS(c["d_model"], c["rms_norm_eps"]),
+            "blocks": nn.ModuleList(LladaBlock(c) for _ in range(c["n_layers"])),
+            "ff_out": nn.Linear(c["d_model"], c["embedding_size"], bias=False),
+        }
         self.model = nn.ModuleDict({"transformer": nn.ModuleDict(names)})
 
     def forward(self, x_BL):
@@ -173,7 +179,9 @@ class Dit(nn.Module):
         backbone.vocab_embed.embedding = nn.Parameter(torch.randn(vocab, width))
         backbone.sigma_map = nn.Module()
         backbone.sigma_map.mlp = nn.Sequential(nn.Linear(256, condition), nn.SiLU(), nn.Linear(condition, condition))
-        backbone.blocks = nn.ModuleList(DitBlock(width, config["n_heads"], condition) for _ in range(config["n_blocks"]))
+        backbone.blocks = nn.ModuleList(
+            DitBlock(width, config["n_heads"], condition) for _ in range(config["n_blocks"])
+        )
         last = nn.Module()
         last.norm_final, last.linear = GainNorm(width), nn.Linear(width, vocab)
         last.adaLN_modulation = nn.Linear(condition, 2 * width)
@@ -192,10 +200,23 @@ class Dit(nn.Module):
         return b.output_layer.linear(b.output_layer.norm_final(x) * (1 + scale) + shift)
 
 
-DECODER = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
-           "intermediate_size": 48, "max_position_embeddings": LENGTH, "rope_theta": 5000.0}
-ENCODER = {"num_hidden_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48,
-           "max_position_embeddings": LENGTH, "pad_token_id": 0}
+DECODER = {
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": LENGTH,
+    "rope_theta": 5000.0,
+}
+ENCODER = {
+    "num_hidden_layers": 4,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": LENGTH,
+    "pad_token_id": 0,
+}
 FAMILIES = {
     "gpt2": Library("GPT2Config", "GPT2LMHeadModel", n_layer=2, n_embd=32, n_head=4, n_positions=LENGTH, bos_token_id=0,
                     eos_token_id=0),
@@ -205,9 +226,9 @@ FAMILIES = {
     "bert": Library("BertConfig", "BertForMaskedLM", **ENCODER),
     "modernbert": Library("ModernBertConfig", "ModernBertForMaskedLM", local_attention=4, global_attn_every_n_layers=3,
                           cls_token_id=1, sep_token_id=2, bos_token_id=1, eos_token_id=2, **ENCODER),
-    "llada": Twin(Llada, {"model_type": "llada", "n_layers": 2, "d_model": 32, "n_heads": 4, "n_kv_heads": 2, "rope": True,
-                          "mlp_hidden_size": 48, "max_sequence_length": LENGTH, "rms_norm_eps": 1e-5, "rope_theta": 5e5,
-                          "weight_tying": False, "vocab_size": VOCAB, "embedding_size": VOCAB, "mask_token_id": 30}),
+    "llada": Twin(Llada, {"model_type": "llada", "n_layers": 2, "d_model": 32, "n_heads": 4, "n_kv_heads": 2,
+                          "rope": True, "mlp_hidden_size": 48, "max_sequence_length": LENGTH, "rms_norm_eps": 1e-5,
+                          "rope_theta": 5e5, "weight_tying": False, "vocab_size": VOCAB, "embedding_size": VOCAB, "mask_token_id": 30}),
     "mdlm": Twin(Dit, {"model_type": "mdlm", "n_blocks": 2, "hidden_dim": 32, "n_heads": 4, "model_length": LENGTH,
                        "cond_dim": 128, "vocab_size": VOCAB, "time_conditioning": False, "dropout": 0.1}),
 }  # fmt: skip

@@ -77,10 +77,15 @@ def save_weights(run: Path, config, data, weights) -> None:
                     weights[spec.name][: spec.shape[0]].reshape(-1).contiguous())
               for spec in parameter_table(config.model, data.vocabulary).values()]  # fmt: skip
     state = {"step": 0, "samples": 0, "tokens": 0, "data_fingerprint": "0" * 32}
-    documents = {"config.yaml": dump_config(config).encode(), "state.json": json.dumps(state).encode(),
-                 TOKENIZER_DOCUMENT: json.dumps(data.tokenizer_meta.tokenizer_dict()).encode()}
+    documents = {
+        "config.yaml": dump_config(config).encode(),
+        "state.json": json.dumps(state).encode(),
+        TOKENIZER_DOCUMENT: json.dumps(data.tokenizer_meta.tokenizer_dict()).encode(),
+    }
     run.mkdir()
-    write_checkpoint(run, 0, pieces, rank=0, world_size=1, gather=lambda value: [value], documents=documents, keep_last=1)
+    write_checkpoint(
+        run, 0, pieces, rank=0, world_size=1, gather=lambda value: [value], documents=documents, keep_last=1
+    )
 
 
 ARMS = {"cold": [], "warm": [], "annealed": [f"diffusion.attention_anneal_steps={NUM_STEPS // 2}"]}
@@ -147,11 +152,16 @@ def test_a_grown_vocabulary_gets_the_mean_of_the_rows_there_were(small, caplog):
 
 
 def test_weights_that_do_not_fit_are_refused_by_name(small):
-    for changes, complaint in (({"num_layers": 3}, "model.num_layers=2 is needed"), ({"mlp": "gelu"}, "model.mlp=swiglu")):
+    for changes, complaint in (
+        ({"num_layers": 3}, "model.num_layers=2 is needed"),
+        ({"mlp": "gelu"}, "model.mlp=swiglu"),
+    ):
         with pytest.raises(UsageError, match=complaint):
             origin_of(small, changes)
-    for changes, complaint in (({"model": {**SHAPE, "init_from": "a"}, "train": {"branch_from": "b"}}, "branch_from"),
-                               ({"diffusion": {"attention_anneal_steps": 3}, "train": {"compile": True}}, "compile")):
+    for changes, complaint in (
+        ({"model": {**SHAPE, "init_from": "a"}, "train": {"branch_from": "b"}}, "branch_from"),
+        ({"diffusion": {"attention_anneal_steps": 3}, "train": {"compile": True}}, "compile"),
+    ):
         raw = raw_config(small, "x")
         with pytest.raises(UsageError, match=complaint):
             config_from_dict({key: {**raw.get(key, {}), **changes.get(key, {})} for key in {*raw, *changes}})
@@ -164,7 +174,9 @@ def test_attention_opens_from_causal_to_full():
         network = lambda attention=None: seen.append(attention)  # noqa: E731
         annealed(network, config, step)()
     sizes = [mask.size for mask in seen[:32]]
-    assert sizes[0] == 0 and sizes == sorted(sizes) and sizes[-1] == length - length // ANNEAL_STAGES and seen[32] is None
+    assert (
+        sizes[0] == 0 and sizes == sorted(sizes) and sizes[-1] == length - length // ANNEAL_STAGES and seen[32] is None
+    )
     allowed = lambda mask: ops.allowed_BLL(mask, 1, 8, torch.device("cpu"))  # noqa: E731
     assert torch.equal(allowed(ops.Lookahead(0)), allowed(ops.Causal())) and bool(allowed(ops.Lookahead(7)).all())
     assert allowed(ops.Lookahead(2))[0, 3].tolist() == [True] * 6 + [False] * 2
