@@ -3,9 +3,9 @@
     python benchmarks/benchmark_attention.py [--json] [--rows B] [--length L] [--heads H] [--head_dim E]
 
 dense_ratio and packed_ratio: the time of the fastest backend over that of the one that ops.py chooses (1 is best).
-On a GPU: bfloat16, milliseconds, and the fraction of the measured matmul rate that 14 B H L^2 E operations make (dense:
-4 forward, 10 backward). On a CPU: float32, one thread, CPU seconds. Each packed row holds eight documents of random
-length.
+fraction_of_matmul_rate: what the 14 B H L^2 E operations of the fastest dense one (4 forward, 10 backward) make of the
+measured rate of matmuls. `skipped_X` says why a backend did not run. On a GPU: bfloat16. On a CPU: float32, one thread,
+CPU milliseconds. Each packed row holds eight documents of random length.
 """
 
 from __future__ import annotations
@@ -35,18 +35,20 @@ def packed_mask(num_rows: int, length: int, device: str) -> ops.Segments:
     return ops.Segments(torch.from_numpy(np.sort(bounds).astype(np.int32)).to(device))
 
 
-def measured(args, device: str, dtype: torch.dtype, mask: ops.AttentionMask) -> dict[str, float]:
-    """Milliseconds of each backend that runs here. Those that switch torch's own FlashAttention come last, so that
-    `sdpa` is measured without them."""
+def measured(args, device: str, dtype: torch.dtype, mask: ops.AttentionMask) -> tuple[dict[str, float], dict[str, str]]:
+    """Milliseconds of each backend that runs here, and why the others do not. Those that switch torch's own
+    FlashAttention come last, so that `sdpa` is measured without them."""
     shape = (args.rows, args.length, args.heads, args.head_dim)
     q, k, v = (torch.randn(shape, device=device).to(dtype).requires_grad_() for _ in range(3))
     dout = torch.randn(shape, device=device).to(dtype)
-    times = {}
+    times, skipped = {}, {}
     for name in sorted(ops.ATTENTION_BACKENDS, key=lambda name: ops.ATTENTION_BACKENDS[name].switch is not None):
-        if ops.why_not(name, device, dtype, args.head_dim, type(mask)) is None:
-            arm = {name: partial(forward_and_backward, q, k, v, mask, name, dout)}
-            times |= milliseconds(arm, device, args.repeats)
-    return times
+        if obstacle := ops.why_not(name, device, dtype, args.head_dim, type(mask)):
+            skipped[name] = obstacle
+            continue
+        arm = {name: partial(forward_and_backward, q, k, v, mask, name, dout)}
+        times |= milliseconds(arm, device, args.repeats)
+    return times, skipped
 
 
 def forward_and_backward(q, k, v, mask, backend: str, dout, *_) -> None:
@@ -72,14 +74,14 @@ def main() -> None:
     results: dict = {"benchmark": "attention", "repeats": args.repeats} | machine()
     masks = {"dense": ops.Full(), "packed": packed_mask(args.rows, args.length, device)}
     for kind, mask in masks.items():
-        times = measured(args, device, dtype, mask)
+        times, skipped = measured(args, device, dtype, mask)
         name, why = ops.choose_attention("auto", device, dtype, args.head_dim, type(mask))
         results |= {f"{kind}_milliseconds_{arm}": ms for arm, ms in times.items()}
+        results |= {f"{kind}_skipped_{arm}": obstacle for arm, obstacle in skipped.items()}
         results |= {f"{kind}_chosen": f"{name} ({why})", f"{kind}_ratio": min(times.values()) / times[name]}
-    if has_gpu:
-        operations = 14.0 * args.rows * args.heads * args.length**2 * args.head_dim
-        fastest = min(ms for key, ms in results.items() if key.startswith("dense_milliseconds"))
-        results["fraction_of_matmul_rate"] = operations / fastest / 1e9 / measured_roofline()["tflops"]
+    operations = 14.0 * args.rows * args.heads * args.length**2 * args.head_dim
+    fastest = min(ms for key, ms in results.items() if key.startswith("dense_milliseconds"))
+    results["fraction_of_matmul_rate"] = operations / fastest / 1e9 / measured_roofline(device)["tflops"]
     report(results, args.json)
 
 

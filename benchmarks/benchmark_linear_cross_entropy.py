@@ -4,9 +4,9 @@
 
 Arms: `ours` (what ops.py runs here), `reference` (its torch form on the same masked rows), `full` (logits of all
 tokens, F.cross_entropy of the masked ones), and on a GPU `compile` (torch.compile of `full`), and Liger and quack on
-the masked rows, unweighted, where installed. ratio_X is X's time over ours. On a GPU (bfloat16, 65536 tokens): also
-the fraction of the measured matmul rate that 6 N V D operations on the MASKED rows make, and the extra memory. On a
-CPU: float32, 1024 tokens, one thread, CPU seconds.
+the masked rows, unweighted, where installed; `skipped_X` says why an arm did not run. ratio_X is X's time over ours;
+fraction_of_matmul_rate, what 6 N V D operations on the MASKED rows make of the measured rate of matmuls. On a GPU:
+bfloat16, 65536 tokens, and the extra memory. On a CPU: float32, 1024 tokens, one thread, CPU seconds.
 """
 
 from __future__ import annotations
@@ -57,42 +57,52 @@ def arms(tokens: int, width: int, vocab: int, device: str, dtype: torch.dtype) -
     }
     if device == "cuda":
         compiled = torch.compile(full_loss)
-        losses |= {"compile": lambda: compiled(*everything)} | {k: on_rows(v) for k, v in foreign_losses().items()}
+        losses |= {"compile": lambda: compiled(*everything)}
+        losses |= {name: on_rows(FOREIGN[name]()) for name, obstacle in skipped(device).items() if obstacle is None}
     return {name: with_backward(loss) for name, loss in losses.items()}
 
 
-def foreign_losses() -> dict[str, Callable]:
-    """Kernels of others that are installed; they take no weight a token."""
-    found = {}
-    try:
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+def liger_loss() -> Callable:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-        liger = LigerFusedLinearCrossEntropyLoss(reduction="sum")
-        found["liger"] = lambda hidden_ND, weight_VD, target_N, _: liger(weight_VD, hidden_ND, target_N)
-    except ImportError:
-        pass
-    try:
-        from quack.linear_cross_entropy import chunked_linear_cross_entropy
+    liger = LigerFusedLinearCrossEntropyLoss(reduction="sum")
+    return lambda hidden_ND, weight_VD, target_N, _: liger(weight_VD, hidden_ND, target_N)
 
-        found["quack"] = lambda hidden_ND, weight_VD, target_N, _: chunked_linear_cross_entropy(
-            hidden_ND, weight_VD, target_N, reduction="sum"
-        )
-    except ImportError:
-        pass
+
+def quack_loss() -> Callable:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return lambda hidden_ND, weight_VD, target_N, _: chunked_linear_cross_entropy(
+        hidden_ND, weight_VD, target_N, reduction="sum"
+    )
+
+
+FOREIGN = {"liger": liger_loss, "quack": quack_loss}  # kernels of others; they take no weight a token
+
+
+def skipped(device: str) -> dict[str, str | None]:
+    """Why an arm does not run here; None for those of others that do."""
+    if device != "cuda":
+        return dict.fromkeys(("compile", *FOREIGN), "needs a GPU")
+    found: dict[str, str | None] = {}
+    for name, make in FOREIGN.items():
+        try:
+            make()
+            found[name] = None
+        except ImportError as error:
+            found[name] = f"not installed: {error}"
     return found
 
 
-def on_gpu(made: dict[str, Callable], repeats: int, operations: float) -> dict:
+def on_gpu(made: dict[str, Callable], repeats: int) -> dict:
     times = gpu_milliseconds(made, repeats)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     made["ours"]()
-    rate = operations / times["ours"] / 1e9
+    extra = torch.cuda.max_memory_allocated() - before
     found = {f"milliseconds_{name}": ms for name, ms in times.items()}
     found |= {f"ratio_{name}": ms / times["ours"] for name, ms in times.items() if name != "ours"}
-    found |= {"backend": ops.chosen_backends()["linear_cross_entropy"], "tflops": rate}
-    extra = torch.cuda.max_memory_allocated() - before
-    return found | {"fraction_of_matmul_rate": rate / measured_roofline()["tflops"], "extra_bytes": extra}
+    return found | {"seconds_ours": times["ours"] / 1e3, "extra_bytes": extra}
 
 
 def on_cpu(made: dict[str, Callable], repeats: int) -> dict:
@@ -111,8 +121,11 @@ def main() -> None:
     torch.set_num_threads(1)
     device, dtype = ("cuda", torch.bfloat16) if has_gpu else ("cpu", torch.float32)
     made = arms(args.tokens, args.width, args.vocab, device, dtype)
-    operations = 6.0 * len(range(0, args.tokens, 2)) * args.vocab * args.width
-    found = on_gpu(made, args.repeats, operations) if has_gpu else on_cpu(made, args.repeats)
+    found = (on_gpu if has_gpu else on_cpu)(made, args.repeats)
+    rate = 6e-12 * len(range(0, args.tokens, 2)) * args.vocab * args.width / found["seconds_ours"]
+    found |= {"backend": ops.chosen_backends()["linear_cross_entropy"], "tflops": rate}
+    found |= {"fraction_of_matmul_rate": rate / measured_roofline(device)["tflops"]}
+    found |= {f"skipped_{name}": why for name, why in skipped(device).items() if why}
     shape = {"tokens": args.tokens, "width": args.width, "vocab": args.vocab, "repeats": args.repeats}
     report({"benchmark": "linear_cross_entropy"} | shape | machine() | found, args.json)
 

@@ -57,12 +57,18 @@ def median_ratio(slow: list[float], fast: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(slow, fast))
 
 
-def measured_roofline() -> dict[str, float]:
-    """What this GPU reaches: bfloat16 matmul in TFLOP/s, and copying in TB/s."""
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    big = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    times = gpu_milliseconds({"matmul": lambda: a @ a, "copy": lambda: big[: 1 << 29].copy_(big[1 << 29 :])}, 20)
-    return {"tflops": 2 * 8192**3 / times["matmul"] / 1e9, "tbytes_per_second": 2**30 / times["copy"] / 1e9}
+def measured_roofline(device: str) -> dict[str, float]:
+    """What this device reaches: matmul in TFLOP/s (bfloat16 on a GPU, float32 on a CPU), and copying in TB/s, where
+    what is read and what is written count."""
+    size, half, dtype = (8192, 1 << 29, torch.bfloat16) if device == "cuda" else (1024, 1 << 27, torch.float32)
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    big = torch.zeros(2 * half, dtype=torch.uint8, device=device)
+    arms = {"matmul": lambda *_: a @ a, "copy": lambda *_: big[:half].copy_(big[half:])}
+    if device == "cuda":
+        seconds = {name: ms / 1e3 for name, ms in gpu_milliseconds(arms, 20).items()}
+    else:
+        seconds = {name: statistics.median(times) for name, times in cpu_seconds(arms, 5).items()}
+    return {"tflops": 2 * size**3 / seconds["matmul"] / 1e12, "tbytes_per_second": 2 * half / seconds["copy"] / 1e12}
 
 
 def peak_bytes(command: list[str]) -> int:

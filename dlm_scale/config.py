@@ -141,6 +141,11 @@ class DataConfig(Section):
         """Whether training reads random tokens instead of a dataset."""
         return any(source.path == "synthetic" for source in self.train)
 
+    @property
+    def has_segments(self) -> bool:
+        """Whether rows may consist of segments, whose number changes from batch to batch."""
+        return self.random_length_share > 0
+
 
 class ParallelConfig(Section):
     """How the model is split; the rest of the ranks are data-parallel."""

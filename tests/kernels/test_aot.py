@@ -4,42 +4,39 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton")
 from dlm_scale.kernels import aot  # noqa: E402
-
-ARCHS = (80, 90, 100)
-
-
-@pytest.fixture(scope="module")
-def compiled(repository_root, tmp_path_factory):
-    """{arch: its lines}, two chips at a time, compiled afresh."""
-
-    def run(arch: int) -> list[dict]:
-        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp(f"sm_{arch}"))
-        command = [sys.executable, "-m", "dlm_scale.kernels.aot", "--json", "--arch", str(arch)]
-        ran = subprocess.run(command, cwd=repository_root, env=environment, text=True, capture_output=True)
-        assert ran.returncode in (0, 1), ran.stderr[-4000:]
-        return [json.loads(line) for line in ran.stdout.splitlines()]
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(ARCHS, pool.map(run, ARCHS)))
+from tests.forked import run_ranks  # noqa: E402
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_no_configuration_has_a_problem(arch, compiled):
-    lines = compiled[arch]
-    assert [line["case"] for line in lines] == [case.name for case in aot.cases()] and len(lines) >= 20
-    assert [line for line in lines if line["problems"]] == []
-    matmuls = [line for line in lines if aot.MATMUL_INSTRUCTION[arch] in line["instructions"]]
-    assert [line["case"] for line in matmuls] == [case.name for case in aot.cases() if case.has_matmul]
-    assert all(line["registers"] > 0 for line in lines) and all(line["shared_bytes"] > 0 for line in matmuls)
+def _compiled(arch: int, cache: str) -> list[tuple[str, aot.Resources, list[str]]]:
+    """Every second case; afresh, for the cache is empty."""
+    os.environ["TRITON_CACHE_DIR"] = cache
+    cases = list(aot.cases())[int(os.environ["RANK"]) :: int(os.environ["WORLD_SIZE"])]
+    resources = [aot.compile_case(case, arch) for case in cases]
+    return [(case.name, used, aot.problems(case, used)) for case, used in zip(cases, resources, strict=True)]
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_no_configuration_has_a_problem(arch, tmp_path):
+    found = sorted(sum(run_ranks(2, _compiled, arch, str(tmp_path)), []))
+    assert [name for name, _, _ in found] == sorted(case.name for case in aot.cases()) and len(found) >= 20
+    assert [(name, problems) for name, _, problems in found if problems] == []
+    matmuls = [used for _, used, _ in found if aot.MATMUL_INSTRUCTION[arch] in used.instructions]
+    assert [used.case for used in matmuls] == sorted(case.name for case in aot.cases() if case.has_matmul)
+    assert all(used.registers > 0 for _, used, _ in found) and all(used.shared_bytes > 0 for used in matmuls)
+
+
+def test_the_command_prints_each_configuration_and_fails_where_one_has_a_problem(monkeypatch, capsys):
+    made = {80: aot.Resources("a", 80, 40, 0, 1024, ()), 90: aot.Resources("a", 90, 255, 8, 1024, ())}
+    monkeypatch.setattr(aot, "cases", lambda: iter([aot.Case("a", None, "", {})]))
+    monkeypatch.setattr(aot, "compile_case", lambda case, arch: made[arch])
+    assert aot.main(["--arch", "80", "--json"]) == 0 and aot.main(["--arch", "80", "90", "--json"]) == 1
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["arch"], line["problems"]) for line in lines] == [(80, []), (80, []), (90, ["spills 8 bytes"])]
 
 
 def test_a_tile_too_large_for_the_registers_is_seen(tmp_path, monkeypatch):

@@ -29,6 +29,7 @@ def ran(repository_root):
             child.kill()
 
 
+@pytest.mark.timeout(600)  # on a machine that others use too
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install triton")
 @pytest.mark.parametrize("name", [path.name for path in CHECKS])
 def test_kernels_in_the_interpreter(name, ran):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
 
 from dlm_scale import ops
 from dlm_scale.config import ModelConfig
@@ -250,3 +251,15 @@ def test_initial_values_are_a_function_of_the_logical_index(view, box):
         found = initial_values(spec, 9, box, start, min(3, part.size - start))
         assert np.array_equal(found, part[start : start + 3])
     assert not np.array_equal(whole, initial_values(spec, 10, full_box(view), 0, spec.numel).reshape(view))
+
+
+def test_compiled_blocks_are_compiled_twice_whatever_the_number_of_segments():
+    compiled, plain, counter = *(randomised(made(time_conditioning="adaln")) for _ in range(2)), CompileCounter()
+    for block in compiled.blocks:
+        block.compile(dynamic=None, backend=counter)
+    for cut in (1, 3, 5, 7, 9):
+        mask = ops.Segments(torch.tensor([*range(cut), 12, 24], dtype=torch.int32))
+        m_S = torch.rand(cut + 1, generator=torch.Generator().manual_seed(cut))
+        found, wanted = (logits(model, ids(LAST), attention=mask, m_B=m_S) for model in (compiled, plain))
+        torch.testing.assert_close(found, wanted)
+    assert counter.frame_count == 2
