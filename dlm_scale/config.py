@@ -49,9 +49,9 @@ class Section(BaseModel):
 
 
 def _default_ffn_size(values: dict[str, Any]) -> int:
-    """4d for GELU; for SwiGLU 8d/3, up to a multiple of 128, so that both cost about the same."""
+    """4d for GELU; for gated ones 8d/3, up to a multiple of 128, so that both cost about the same."""
     width = values["hidden_size"]
-    return 4 * width if values["mlp"] == "gelu" else -(-8 * width // (3 * FFN_MULTIPLE)) * FFN_MULTIPLE
+    return 4 * width if values["mlp"].startswith("gelu") else -(-8 * width // (3 * FFN_MULTIPLE)) * FFN_MULTIPLE
 
 
 class ModelConfig(Section):
@@ -63,7 +63,7 @@ class ModelConfig(Section):
     seq_len: Positive
     num_kv_heads: Positive = Field(default_factory=lambda values: values["num_heads"])
     head_dim: Positive = Field(default_factory=lambda values: max(1, values["hidden_size"] // values["num_heads"]))
-    mlp: Literal["swiglu", "gelu"] = "swiglu"
+    mlp: Literal["swiglu", "geglu", "gelu", "gelu_tanh"] = "swiglu"
     ffn_size: Positive = Field(default_factory=_default_ffn_size)
     qk_norm: bool = True
     rope_base: PositiveFloat = 10_000.0
@@ -72,6 +72,19 @@ class ModelConfig(Section):
     time_conditioning: Literal["none", "adaln"] = "none"
     logit_softcap: PositiveFloat | None = None  # logits are cap * tanh(logits / cap)
     init_std: PositiveFloat = 0.02
+    norm: Literal["rms", "layernorm"] = "rms"
+    norm_bias: bool = False
+    norm_placement: Literal["pre", "post"] = "pre"  # post: after the sum, as in BERT, and no final norm
+    bias: Literal["none", "qkv", "mlp", "all"] = "none"  # which projections have one
+    position: Literal["rope", "learned"] = "rope"
+    window: Positive | None = None  # local attention: keys at most so far away, but in every global_every-th block
+    global_every: Positive = 3
+    window_rope_base: PositiveFloat = 10_000.0
+    embedding_norm: Literal["none", "extra", "first"] = "none"  # first: in place of the first block's own
+    head_transform: bool = False  # dense, GELU and norm before the output table, as in BERT
+    head_bias: bool = False
+    logit_shift: bool = False  # token i is predicted from position i-1, as an autoregressive model does
+    init_from: Text | None = None  # start from the weights of this checkpoint
 
 
 class ObjectiveConfig(Section):
@@ -85,6 +98,7 @@ class DiffusionConfig(Section):
 
     schedule: Literal["linear", "loglinear", "poly", "cosine", "cosine2", "cos", "geometric"] = "linear"
     weighting: Literal["count", "elbo", "exact", "simple"] = "count"
+    attention_anneal_steps: NonNegative = 0  # from causal to full attention, after autoregressive weights
     z_loss: NonNegativeFloat = 0.0  # times the squared log-sum-exp of each masked token, in the loss only
 
 
@@ -258,6 +272,14 @@ def _cross_problems(config: Config) -> Iterator[Problem]:
         )
     if config.objective.kind == "autoregressive":
         yield from _autoregressive_problems(config)
+    if config.model.init_from and config.train.branch_from:
+        yield "model.init_from", "starts from weights alone, train.branch_from from the full state: give one of them"
+    if config.diffusion.attention_anneal_steps and (config.data.has_segments or config.train.compile):
+        yield (
+            "diffusion.attention_anneal_steps",
+            "needs data.random_length_share = 0, data.packing = none and train.compile = false: the mask changes from step to "
+            "step",
+        )
     if config.data.is_synthetic and (len(config.data.train) > 1 or not config.data.synthetic_vocab_size):
         yield "data.train", "= synthetic stands alone and needs data.synthetic_vocab_size"
     for key, value, default in (("packing", config.data.packing, "none"), ("order", config.data.order, "shuffled")):
@@ -276,6 +298,8 @@ def _autoregressive_problems(config: Config) -> Iterator[Problem]:
         value = getattr(config.diffusion, key)
         if value != getattr(twin, key):
             yield f"diffusion.{key}", f"= {value} {why}: leave it out"
+    if config.model.logit_shift:
+        yield "model.logit_shift", f"= true {why}: the twin is moved by one already; set false"
     if config.data.random_length_share:
         yield "data.random_length_share", f"= {config.data.random_length_share} {why}: every prefix is learnt; set 0"
 
@@ -284,15 +308,33 @@ def _model_problems(config: Config) -> Iterator[Problem]:
     model, tp = config.model, config.parallel.tensor_parallel_size
     if "head_dim" not in model.model_fields_set and model.hidden_size % model.num_heads:
         yield _indivisible("model.hidden_size", model.hidden_size, "model.num_heads", model.num_heads)
-    elif model.head_dim % 2:
+    elif model.head_dim % 2 and model.position == "rope":
         yield "model.head_dim", f"is {model.head_dim}: rotary positions need an even width per head"
     if model.num_heads % model.num_kv_heads:
         yield _indivisible("model.num_heads", model.num_heads, "model.num_kv_heads", model.num_kv_heads)
+    for key, needed in _model_needs(model, tp):
+        yield f"model.{key}", f"= {getattr(model, key)} needs {needed}"
     for key, value in _unshardable(config, tp):
         fitting = [size for size in range(1, model.num_heads + 1) if not any(_unshardable(config, size))]
         nearest = sorted(sorted(fitting, key=lambda size: abs(size - tp))[:3])
         problem = _indivisible(key, value, "parallel.tensor_parallel_size", tp)
         yield key, f"{problem[1]}; nearest sizes that fit: {nearest}"
+
+
+def _model_needs(model: ModelConfig, tp: int) -> Iterator[tuple[str, str]]:
+    """(key, what it needs) of each option of the shape that does not go with another."""
+    needs = [
+        ("norm_bias", model.norm_bias, "model.norm = layernorm", model.norm == "layernorm"),
+        ("time_conditioning", model.time_conditioning == "adaln", "model.norm_placement = pre",
+         model.norm_placement == "pre"),
+        ("embedding_norm", model.embedding_norm == "first", "model.norm_placement = pre",
+         model.norm_placement == "pre"),
+        *(
+            (key, getattr(model, key) not in ("none", "rope", False), "parallel.tensor_parallel_size = 1", tp == 1)
+            for key in ("bias", "position", "head_bias")
+        ),
+    ]  # fmt: skip
+    yield from ((key, needed) for key, is_used, needed, is_given in needs if is_used and not is_given)
 
 
 def _unshardable(config: Config, tp: int) -> Iterator[tuple[str, int]]:

@@ -79,7 +79,8 @@ def check_resume_point(config: Any, data: Any) -> None:
 
     out = Path(config.train.out)
     prepare_folder(out, config.train.resume, bool(list_checkpoints(out) or config.train.branch_from))
-    find_resume_point(config, data, partial(inspect_checkpoint, with_hash=False))
+    if find_resume_point(config, data, partial(inspect_checkpoint, with_hash=False)) is None:
+        find_origin(config, data, partial(inspect_checkpoint, with_hash=False))
 
 
 def find_resume_point(config: Any, data: Any, inspect: Callable, say: Callable[[str], None] = lambda text: None) -> Any:
@@ -115,7 +116,7 @@ def find_branch_point(config: Any, data: Any, inspect: Callable) -> Any:
     checkpoint = open_checkpoint(path, verify=False)  # inspected just now
     old = config_from_text(checkpoint.document("config.yaml").decode(), f"{path}/config.yaml")
     wrong = [f"{key}: {a} -> {b}" for key, (a, b) in config_difference(old, config).items()
-             if key.startswith("model.") or key == "optimizer.name"]
+             if key.startswith("model.") and key != "model.init_from" or key == "optimizer.name"]
     tokenizer = json.loads(json.dumps(data.tokenizer_meta.tokenizer_dict()))
     if json.loads(checkpoint.document(TOKENIZER_DOCUMENT)) != tokenizer:
         wrong.append("data.train: another tokenizer")
@@ -125,6 +126,17 @@ def find_branch_point(config: Any, data: Any, inspect: Callable) -> Any:
         raise UsageError(f"train.branch_from={config.train.branch_from}: the state of {path} cannot go on under this "
                          f"config ({'; '.join(wrong)}): restore these keys, or start a run without train.branch_from")
     return checkpoint
+
+
+def find_origin(config: Any, data: Any, inspect: Callable) -> Any:
+    """The weights that model.init_from names; None without it. Raises UsageError where they do not fit the model."""
+    if config.model.init_from is None:
+        return None
+    from dlm_scale.checkpoint.folders import find_checkpoint
+    from dlm_scale.engine.warm_start import open_origin
+
+    path, _ = find_checkpoint(Path(config.model.init_from), inspect)
+    return open_origin(path, config, data)
 
 
 def check_same_run(checkpoint: Any, config: Any, data: Any) -> None:
@@ -159,10 +171,11 @@ def train(config: Any, data: Any, validation: Any) -> None:
     runtime = start_runtime(config.train.device, config.parallel.tensor_parallel_size, timeout)
     inspect = inspect_together(runtime.env.rank, runtime.env.world_size, all_gather_object)
     checkpoint = find_resume_point(config, data, inspect, say_on_first_rank)
+    origin = None if checkpoint else find_origin(config, data, inspect)
     session = Session(config, runtime, data)
     try:
         trainer = build_trainer(config, runtime, data.vocabulary)
-        state = restore(trainer, checkpoint) if checkpoint else start_fresh(trainer)
+        state = restore(trainer, checkpoint) if checkpoint else start_fresh(trainer, origin)
         with naming_lost_ranks(runtime.env):
             session.run(trainer, data, validation, state, checkpoint)
     except Exception as error:

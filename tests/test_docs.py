@@ -128,6 +128,10 @@ def check_command(words: list[str]) -> None:
             raise UsageError(f"the Makefile lacks one of {rest}")
     elif words[:2] == ["python", "tools/prepare_data.py"]:
         check_dlm("prepare", rest[1:])
+    elif words[:2] == ["python", "tools/convert_checkpoint.py"]:
+        parser = cli.Parser()
+        importlib.import_module("dlm_scale.convert.cli").add_arguments(parser)
+        parser.parse(rest[1:])
     elif words[:3] == ["python", "-m", "dlm_scale.lm_eval_model"]:
         pass  # its flags are the harness's
     elif program not in ("source", "curl", "printf"):
@@ -261,9 +265,21 @@ def test_the_guide_to_sampling_runs(sandbox):
     assert "<table>" in (sandbox.folder / "denoising.html").read_text()
 
 
+@pytest.mark.timeout(2 * BLOCK_SECONDS)
+def test_the_guide_to_conversion_runs(sandbox):
+    sandbox.run("docs/conversion.md")
+    assert "good  again" in sandbox.outputs[-1] and "-> transformer.final_norm.gain" in sandbox.outputs[-1]
+    assert (sandbox.folder / "export" / "modeling_dlm_scale.py").is_file() and not (sandbox.folder / "nothing").exists()
+    described = set(re.findall(r"`(--\w+)`", DOCUMENTS["docs/conversion.md"]))
+    parser = cli.Parser()
+    importlib.import_module("dlm_scale.convert.cli").add_arguments(parser)
+    assert {flag for action in parser._actions for flag in action.option_strings} - {"-h", "--help"} <= described
+
+
 def test_only_documents_that_a_test_runs_ask_to_be_run():
     running = {block.document for block in BASH if block.directive == RUN}
-    assert running == {"README.md", "docs/data.md", "docs/training.md", "docs/sampling.md", "docs/evaluation.md"}
+    assert running == {"README.md", "docs/data.md", "docs/training.md", "docs/sampling.md", "docs/evaluation.md",
+                       "docs/conversion.md"}
 
 
 def section(document: str, heading: str) -> str:

@@ -29,7 +29,8 @@ ALLOWED = {  # room -> the rooms it may import, beside itself
     "model": BASE | {"ops", "parallel", "diffusion"},
     "sampling": BASE | {"diffusion"},
     "checkpoint": BASE | {"parallel", "model"},
-    "hub": BASE | {"model", "sampling"},
+    "hub": BASE | {"model", "ops", "parallel", "sampling"},
+    "convert": BASE | {"config", "config_text", "data", "model", "parallel", "checkpoint"},
     "engine": BASE
     | {"config", "diffusion", "data", "kernels", "ops", "parallel", "model", "sampling", "checkpoint", "plots"},
     "evaluation": BASE

@@ -275,15 +275,8 @@ def _gpt2_ranks() -> bytes:
 
 def _hf(files: Mapping[str, bytes]) -> Tokenizer:
     """A Hugging Face tokenizer.json; a mask or separator that it lacks is added behind its last id."""
-    tokenizers = import_optional("tokenizers", HF_FILE)
-    with _said_by_library():
-        bpe = tokenizers.Tokenizer.from_str(files[HF_FILE].decode())
-    bpe.no_truncation()
-    bpe.no_padding()
+    bpe, chat, eos_id, mask_id = complete_hf(files)
     bpe.encode_special_tokens = True
-    with _said_by_library():
-        chat = {name: _special_id(bpe, tokenizers, (name,)) for name in _special_names(files)}
-        eos_id, mask_id = (_special_id(bpe, tokenizers, names) for names in (EOS_TOKENS, MASK_TOKENS))
     ids = set(bpe.get_vocab().values())
     if len(ids) != len(bpe.get_vocab()):
         raise UsageError(f"{HF_FILE}: two of its tokens share an id; it has no room for a mask or separator token")
@@ -302,6 +295,19 @@ def _hf(files: Mapping[str, bytes]) -> Tokenizer:
             return np.array(bpe.encode(text, add_special_tokens=False).ids, dtype=np.int64)
 
     return Tokenizer("hf", Vocabulary(size, mask_id, gaps), eos_id, files, encode, decode, special_ids=chat)
+
+
+def complete_hf(files: Mapping[str, bytes]) -> tuple[Any, dict[str, int], int, int]:
+    """The library's tokenizer with all that was added to it; its special tokens, separator and mask."""
+    tokenizers = import_optional("tokenizers", HF_FILE)
+    with _said_by_library():
+        bpe = tokenizers.Tokenizer.from_str(files[HF_FILE].decode())
+    bpe.no_truncation()
+    bpe.no_padding()
+    with _said_by_library():
+        chat = {name: _special_id(bpe, tokenizers, (name,)) for name in _special_names(files)}
+        eos_id, mask_id = (_special_id(bpe, tokenizers, names) for names in (EOS_TOKENS, MASK_TOKENS))
+    return bpe, chat, eos_id, mask_id
 
 
 @contextmanager
