@@ -109,7 +109,8 @@ def find_branch_point(config: Any, data: Any, inspect: Callable) -> Any:
     """The checkpoint that train.branch_from names. Raises UsageError where its state does not fit this config."""
     from dlm_scale.checkpoint.folders import find_checkpoint
     from dlm_scale.checkpoint.reader import open_checkpoint
-    from dlm_scale.config import config_difference, config_from_text
+    from dlm_scale.config import config_from_text
+    from dlm_scale.config_compare import config_difference
     from dlm_scale.data.meta import TOKENIZER_DOCUMENT
 
     path, _ = find_checkpoint(Path(config.train.branch_from), inspect)
@@ -141,7 +142,8 @@ def find_origin(config: Any, data: Any, inspect: Callable) -> Any:
 
 def check_same_run(checkpoint: Any, config: Any, data: Any) -> None:
     """Raises UsageError where the config or the tokens would change the result of the run in train.out."""
-    from dlm_scale.config import config_difference, config_from_text, is_result_neutral
+    from dlm_scale.config import config_from_text
+    from dlm_scale.config_compare import config_difference, is_result_neutral
 
     old = config_from_text(checkpoint.document("config.yaml").decode(), f"{checkpoint.path}/config.yaml")
     changed = [f"{key}: {a} -> {b}" for key, (a, b) in config_difference(old, config).items()

@@ -16,16 +16,15 @@ from hypothesis import strategies as st
 from dlm_scale.config import (
     Config,
     ModelConfig,
-    config_difference,
     config_from_dict,
     config_from_text,
     dump_config,
-    is_result_neutral,
     known_keys,
     load_config,
     nearest_batches,
     resolve_batch,
 )
+from dlm_scale.config_compare import config_difference, is_result_neutral
 from dlm_scale.config_text import dump_yaml, parse_overrides, parse_yaml
 from dlm_scale.deepspeed_keys import OWNED, PASSED, ZERO_OPTIMIZATION, deepspeed_problems
 from dlm_scale.errors import UsageError

@@ -20,6 +20,7 @@ ALLOWED = {  # room -> the rooms it may import, beside itself
     "errors": set(),
     "deepspeed_keys": set(),
     "config_text": BASE,
+    "config_compare": BASE | {"config"},
     "config": BASE | {"config_text", "deepspeed_keys"},
     "diffusion": set(),
     "kernels": set(),
@@ -32,7 +33,8 @@ ALLOWED = {  # room -> the rooms it may import, beside itself
     "hub": BASE | {"model", "ops", "parallel", "sampling"},
     "convert": BASE | {"config", "config_text", "data", "model", "parallel", "checkpoint"},
     "engine": BASE
-    | {"config", "diffusion", "data", "kernels", "ops", "parallel", "model", "sampling", "checkpoint", "plots"},
+    | {"config", "config_compare", "diffusion", "data", "kernels", "ops", "parallel", "model", "sampling", "checkpoint"}
+    | {"plots"},
     "evaluation": BASE
     | {"config", "diffusion", "data", "ops", "parallel", "model", "sampling", "checkpoint", "plots", "engine"},
 }

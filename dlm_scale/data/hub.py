@@ -211,7 +211,7 @@ def articles(lines: Iterator[str], title: str) -> Iterator[str]:
 
 
 def document_of(row: Any, text_key: str, where: Callable[[], str], split: str | None = None) -> Document:
-    """The text of a row, or its conversation where a list stands under the key. Raises UsageError that names `where()`."""
+    """The text of a row, or its conversation where a list stands under the key. UsageError names `where()`."""
     found = row.get(text_key) if isinstance(row, dict) else None
     if not isinstance(found, list) or not found:
         return Document(text_of(row, text_key, where), split=split)

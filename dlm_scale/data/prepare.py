@@ -74,7 +74,8 @@ def prepare(
     `chat` names the template of conversations (see `chat.template_of`): each answer becomes a document with the past
     that it may see, of at most `max_length` tokens (0: any), in D/train.prompts the length of that past.
     `stream`: OUT/train.stream.json lists shards of about `stream_tokens` tokens as soon as they are there, so that
-    training may begin (`data.order=sharded`). `special_tokens`: names to add behind the tokenizer's own; a template brings CHAT_TOKENS.
+    training may begin (`data.order=sharded`). `special_tokens`: names to add behind the tokenizer's own; a template
+    brings CHAT_TOKENS.
     """
     _check(val_fraction, max_documents, max_tokens, workers, max_length)
     choice = Choice(val_fraction, max_documents, max_tokens, deduplicate, chat and template_of(chat), max_length)
