@@ -90,7 +90,7 @@ def mode_of(args: argparse.Namespace) -> str:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raises UsageError for numbers that make no sense."""
-    multiple = 4 if args.estimator == "pairs" else 2
+    multiple = 4 if args.estimator in ("pairs", "quadrature") else 2
     if args.num_draws < multiple or args.num_draws % multiple:
         raise UsageError(f"--num_draws={args.num_draws}: must be a multiple of {multiple} for this estimator (two "
                          "independent halves give the standard error)")
