@@ -320,7 +320,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="command", required=True, metavar="render|status")
     writing = commands.add_parser("render", help="a job script for a config")
     writing.add_argument("config", help="a YAML file")
-    writing.add_argument("overrides", nargs="*", help="section.key=value ...")
+    writing.add_argument("overrides", nargs="*", help="section.key=value ..., right after the config")
     writing.add_argument("--nodes", type=int, default=1)
     writing.add_argument("--gpus_per_node", type=int, default=8, help="0: none, over gloo")
     writing.add_argument("--ntasks_per_node", type=int, help="ranks a node; default: its GPUs, or 1")
