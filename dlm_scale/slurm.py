@@ -134,7 +134,7 @@ def _this_attempt() -> dict[str, str]:
 
 
 def begin(args: argparse.Namespace) -> int:
-    """Refuse what cannot run before a GPU is asked; print `go|done|failed RUN DEVICE`, and a line that says more."""
+    """Refuse what cannot run before a GPU is asked; print `go|done|failed DEVICE RUN`, and a line that says more."""
     from dlm_scale.train import check
 
     config, _, _ = check(args.config, args.overrides, args.ranks)
@@ -145,7 +145,7 @@ def begin(args: argparse.Namespace) -> int:
     if action == "go":
         _append(run, {"event": "begin", **this, "step": step, "run_attempt": _status(run).get("attempt", 0),
                       "nodes": os.environ.get("SLURM_JOB_NODELIST"), "time": round(time.time())})
-    print(f"{action} {run} {config.train.device}\n{message}")
+    print(f"{action} {config.train.device} {run}\n{message}")
     return 0
 
 

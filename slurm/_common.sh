@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the templates in this folder share; a template sources it and calls `train`, or `launch_one` for one process.
+# What the templates in this folder share; a template sources it and calls `train`, or `work` for one process.
 # docs/slurm.md explains it. Settings are read from the environment, or from slurm/site.sh:
 #
 #   DLM_PYTHON        the interpreter                                        .venv/bin/python, else python3
@@ -13,7 +13,7 @@ set -uo pipefail
 
 restart=${SLURM_RESTART_COUNT:-0}
 chain=${SLURM_ARRAY_JOB_ID:-${SLURM_JOB_ID:-}}
-asked='' terminated='' exclude='' run='' action='' message=''
+asked='' terminated='' exclude='' step_pid='' run='' action='' message=''
 
 say() { echo "$(date +%H:%M:%S) job ${SLURM_JOB_ID}.$restart: $*"; }
 refuse() { say "error: $*" >&2; exit 2; }
@@ -61,31 +61,32 @@ set_environment() {
 
 # --- signals and steps ----------------------------------------------------------------------------------------------
 
-ask_to_stop() {  # the ranks look for this file after each step, and agree; processes are not signalled
-    if [ -n "$run" ]; then : >"$run/control/stop.$SLURM_JOB_ID"; fi
+ask_to_stop() {  # the ranks of a run look for a file after each step, and agree: no process of theirs is signalled
+    if [ -n "$run" ]; then : >"$run/control/stop.$SLURM_JOB_ID"; elif [ -n "$step_pid" ]; then kill -TERM "$step_pid"; fi
 }
-on_usr1() { asked=1; say "asked to stop before the limit (or preempted): checkpoint, then requeue"; ask_to_stop; }
+on_usr1() { asked=1; say "asked to stop before the limit, or for a job that comes first: then requeue"; ask_to_stop; }
 on_term() { terminated=1; say "Slurm ends this job (preempted, cancelled or requeued)"; ask_to_stop; }
 
 step() {  # step COMMAND...: runs it, listening to signals meanwhile; returns its exit code
-    local pid result
+    local result
     "$@" &
-    pid=$!
+    step_pid=$!
     while :; do
-        wait "$pid"
+        wait "$step_pid"
         result=$?
-        kill -0 "$pid" 2>/dev/null || break  # else: a signal came, the step goes on
+        kill -0 "$step_pid" 2>/dev/null || break  # else: a signal came, the step goes on
     done
+    step_pid=''
     return "$result"
 }
 
-tasks() {  # tasks A_NODE CPUS COMMAND...: srun on all nodes, one log a task (a node with one task: named by its number)
-    local each=$1 cpus=$2 name=%t
+tasks() {  # tasks A_NODE CPUS COMMAND...: srun on all nodes, a log a task
+    local each=$1 cpus=$2
     shift 2
     # shellcheck disable=SC2086  # several options
     exec srun --nodes="$num_nodes" --ntasks=$((num_nodes * each)) --ntasks-per-node="$each" --cpus-per-task="$cpus" \
         --distribution=block --kill-on-bad-exit=1 --wait=60 --unbuffered --open-mode=append \
-        --output="$logs/$name.log" ${DLM_SRUN_OPTIONS:-} "$@"
+        --output="$logs/%t.log" ${DLM_SRUN_OPTIONS:-} "$@"
 }
 
 launch() {  # launch MODULE ARGUMENTS...: on every rank, by the launcher of choice
@@ -170,12 +171,13 @@ wait_for_slurm_to_see_dead_nodes() {
 }
 
 requeue() {
-    [ -z "$exclude" ] || trap 'scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$exclude"' TERM
-    scontrol requeue "$SLURM_JOB_ID" || {
+    # The list of excluded nodes can only be changed while the job is queued again, and Slurm has not ended this script.
+    [ -z "$exclude" ] || trap 'terminated=1; scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$exclude"' TERM
+    scontrol requeue "$SLURM_JOB_ID" || [ -n "$terminated" ] || {  # it may be ended itself before it can say: done
         say "error: this cluster does not let the job requeue itself; submit the same command again: $message" >&2
         exit 1
     }
-    sleep 600 &  # Slurm ends this script now; the list of excluded nodes can only be changed then
+    sleep 600 &
     wait
     exit 0
 }
@@ -191,7 +193,7 @@ begin_again() {  # a chain goes on in its next link, under a new job number; its
         scontrol update JobId="${chain}_$next" ExcNodeList="$exclude" && break  # the rest of the chain is one record
     done
     say "link $link of $SLURM_ARRAY_TASK_MAX ends, the next goes on: $message"
-    [ "$action" = stopped ] && exit 0 || exit 1
+    exit 0  # a job with --dependency=afterok on the chain must not miss it
 }
 
 last_words() {  # of the ranks that said why they ended
@@ -204,6 +206,7 @@ last_words() {  # of the ranks that said why they ended
 
 conclude() {  # conclude EXIT_CODE: says how the attempt ended, and what follows
     local said
+    rm -f "$run/control/stop.$SLURM_JOB_ID"
     said=$("$python" -m dlm_scale.slurm end "$run" --exit_code "$1" --asked "${asked:-0}" --terminated \
         "${terminated:-0}" --attempts "$attempts" ${exclude:+--excluded "$exclude"}) || { say "error: no verdict" >&2; exit 1; }
     action=${said%% *} message=${said#* }
@@ -228,7 +231,7 @@ train() {  # train CONFIG OVERRIDES...
         --attempts "$attempts" "$@")
     local rc=$?
     [ $rc = 0 ] || exit $rc  # it has said why; a wrong config is not tried again
-    { read -r action run device && read -r message; } <<<"$said"
+    { read -r action device run && read -r message; } <<<"$said"
     case $action in go) ;; done) say "$message"; exit 0 ;; *) say "error: $message" >&2; exit 1 ;; esac
     if [ "$device" != cpu ] && [ "$gpus_a_node" != "$ranks_a_node" ]; then
         refuse "$gpus_a_node GPUs but $ranks_a_node tasks a node: --gpus-per-node=N --ntasks-per-node=N, or train.device=cpu"
@@ -244,4 +247,20 @@ train() {  # train CONFIG OVERRIDES...
     preflight || conclude 1
     if [ -z "$asked$terminated" ]; then launch dlm_scale.train "$@"; fi
     conclude $?
+}
+
+work() {  # work PROGRAM ARGUMENTS...: one process that may be begun again at any time, and then goes on
+    trap on_usr1 USR1
+    trap on_term TERM
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+    step "$python" -u "$@"
+    local rc=$?
+    if [ $rc = 0 ] || [ $rc = 2 ] || [ -n "$terminated" ]; then exit $rc; fi
+    if [ -z "$asked" ] && [ "$restart" -ge "$attempts" ]; then
+        say "error: exit code $rc; giving up after $restart requeues (DLM_ATTEMPTS=$attempts)" >&2
+        exit $rc
+    fi
+    message="exit code $rc"
+    say "requeue: $message"
+    requeue
 }

@@ -68,6 +68,8 @@ configure() {
 ClusterName=dlmtest
 SlurmctldHost=$(hostname -s)(127.0.0.1)
 SlurmctldPort=$port
+# Jobs of two clusters on one machine must not share a number: their ports come from it.
+FirstJobId=$port
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
