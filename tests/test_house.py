@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "dlm_scale"
 BASE = {"errors"}
-MAINS = {"cli", "train", "sample", "evaluate", "inference", "doctor", "quickstart", "plots", "plan"}
+MAINS = {"cli", "train", "sample", "evaluate", "inference", "doctor", "quickstart", "plots", "plan", "slurm",
+         "preflight"}
 ALLOWED = {  # room -> the rooms it may import, beside itself
     "__init__": set(),
     "errors": set(),

@@ -1,5 +1,6 @@
 """One cluster a session, a run folder a test, and the run that nothing disturbed."""
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -21,7 +22,7 @@ def cluster():
     """16 nodes of 8 pretended GPUs; jobs use two or three. Skips where Slurm cannot run."""
     if reason := why_not():
         pytest.skip(reason)
-    folder = Path(tempfile.mkdtemp(prefix="dlm_slurm_", dir="/tmp"))
+    folder = Path(os.environ.get("DLM_TEST_CLUSTER") or tempfile.mkdtemp(prefix="dlm_slurm_", dir="/tmp"))
     running = Cluster(folder, nodes=16)
     yield running
     running.close()
