@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from dlm_scale.errors import UsageError
 
 RECENT = 10  # logged steps whose median rate counts
+WORDS = 400  # characters of an error; all of it stands in status.json
 NOT_COUNTED = ("left", "excluded")  # attempts that end so are not the run's own failure
 
 
@@ -74,7 +75,7 @@ def _verdict(ended: Ended) -> Verdict:
         return Verdict("excluded", f"bad nodes: {ended.excluded}")
     if kind == "stopped" or ended.was_asked:
         return Verdict("stopped", f"stopped {at if kind else 'before training'}; last checkpoint of step {ended.step}")
-    why = ended.status.get("error") or f"exit code {ended.exit_code} without a word in status.json"
+    why = str(ended.status.get("error") or "")[:WORDS] or f"exit code {ended.exit_code} without a word in status.json"
     return Verdict("crashed", f"crashed ({why}); last checkpoint of step {ended.step}")
 
 

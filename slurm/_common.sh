@@ -213,7 +213,7 @@ conclude() {  # conclude EXIT_CODE: says how the attempt ended, and what follows
     case $action in
         finished | halted | left) say "$message"; exit 0 ;;
         stopped) begin_again ;;
-        crashed) say "$message"; last_words; begin_again ;;
+        crashed | excluded) last_words; begin_again ;;
         refused) last_words; say "error: $message" >&2; exit 2 ;;
         *) last_words; say "error: $message" >&2; exit 1 ;;
     esac

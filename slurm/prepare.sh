@@ -33,5 +33,7 @@ index=$((${SLURM_ARRAY_TASK_ID:-0} - ${SLURM_ARRAY_TASK_MIN:-0})) count=${SLURM_
 share=()
 for ((i = index; i < ${#files[@]}; i += count)); do share+=("${files[i]}"); done
 part=$out/$(printf 'part_%04d' "$index")
+prefixes=$(for ((i = 0; i < count; i++)); do printf '{path: %s/part_%04d/train}, ' "$out" "$i"; done)
+say "share $((index + 1)) of $count: ${#share[@]} files; once all are there: data.train=[${prefixes%, }]"
 if [ -e "$part/meta.json" ]; then say "$part is finished"; exit 0; fi
 work -m dlm_scale.cli prepare "${share[@]}" "${options[@]}" --out "$part"

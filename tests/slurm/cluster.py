@@ -123,6 +123,15 @@ class Job:
         for pid in found:
             os.kill(pid, signal.SIGKILL)
 
+    def kill_task(self, task: int, name: str) -> None:
+        """kill -9 of the processes of one task of this array whose command line holds `name`."""
+        found = [pid for pid, words, env in _processes(self.cluster.environment["SLURM_CONF"])
+                 if env.get("SLURM_ARRAY_JOB_ID") == self.number and env.get("SLURM_ARRAY_TASK_ID") == str(task)
+                 and any(name in word for word in words[:3])]
+        assert found, self.report()
+        for pid in found:
+            os.kill(pid, signal.SIGKILL)
+
     def report(self) -> str:
         """What a failure needs: the job's log, its state, the controller's last words."""
         controller = (self.cluster.folder / "log" / "slurmctld.log").read_text().splitlines()[-25:]
