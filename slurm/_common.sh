@@ -13,7 +13,7 @@ set -uo pipefail
 
 restart=${SLURM_RESTART_COUNT:-0}
 chain=${SLURM_ARRAY_JOB_ID:-${SLURM_JOB_ID:-}}
-asked='' terminated='' exclude='' step_pid='' run='' action='' message=''
+asked='' terminated='' exclude='' step_pid='' run='' logs='' action='' message=''
 
 say() { echo "$(date +%H:%M:%S) job ${SLURM_JOB_ID}.$restart: $*"; }
 refuse() { say "error: $*" >&2; exit 2; }
@@ -80,17 +80,17 @@ step() {  # step COMMAND...: runs it, listening to signals meanwhile; returns it
     return "$result"
 }
 
-tasks() {  # tasks A_NODE CPUS COMMAND...: srun on all nodes, a log a task
+tasks() {  # tasks A_NODE CPUS COMMAND...: srun on all nodes; a log a task where there is a folder for them
     local each=$1 cpus=$2
     shift 2
     # shellcheck disable=SC2086  # several options
     exec srun --nodes="$num_nodes" --ntasks=$((num_nodes * each)) --ntasks-per-node="$each" --cpus-per-task="$cpus" \
         --distribution=block --kill-on-bad-exit=1 --wait=60 --unbuffered --open-mode=append \
-        --output="$logs/%t.log" ${DLM_SRUN_OPTIONS:-} "$@"
+        ${logs:+"--output=$logs/%t.log"} ${DLM_SRUN_OPTIONS:-} "$@"
 }
 
 launch() {  # launch MODULE ARGUMENTS...: on every rank, by the launcher of choice
-    local all=$((ranks_a_node * cpus_a_rank)) host
+    local all=$((ranks_a_node * cpus_a_rank)) host hostfile=${logs:-$PWD}/slurm-hostfile-$SLURM_JOB_ID.log
     case ${DLM_LAUNCHER:-srun} in
         srun) step tasks "$ranks_a_node" "$cpus_a_rank" "$python" "$code/slurm/_run.py" "$@" ;;
         torchrun)  # static rendezvous: c10d would deal the ranks in another order than Slurm its nodes
@@ -101,10 +101,10 @@ launch() {  # launch MODULE ARGUMENTS...: on every rank, by the launcher of choi
         deepspeed)
             for host in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
                 echo "$host slots=$ranks_a_node"
-            done >"$logs/hostfile"
+            done >"$hostfile"
             # shellcheck disable=SC2016
             step tasks 1 "$all" bash -c 'exec "$0" -m deepspeed.launcher.runner --node_rank "$SLURM_NODEID" "$@"' \
-                "$python" --hostfile "$logs/hostfile" --no_ssh --no_local_rank \
+                "$python" --hostfile "$hostfile" --no_ssh --no_local_rank \
                 --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" "$code/slurm/_run.py" "$@" ;;
         *) refuse "DLM_LAUNCHER=$DLM_LAUNCHER: srun, torchrun or deepspeed" ;;
     esac

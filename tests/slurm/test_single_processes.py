@@ -30,7 +30,7 @@ def python(*words, **options):
 def texts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("texts")
     for i in range(5):
-        (folder / f"{i}.txt").write_text("\n\n".join(f"Document {i}.{j}: to be or not to be." for j in range(40)))
+        (folder / f"{i}.txt").write_text("\n\n".join(f"Document {i}.{j}: to be or not to be." for j in range(200)))
     return sorted(folder.glob("*.txt"))
 
 
@@ -68,13 +68,17 @@ def test_a_wrong_preparation_is_not_requeued(arguments, said, cluster):
     assert job.wait(60) == "FAILED" and job.exit_code() == 2 and said in job.log.read_text()
 
 
+def numbers(report):
+    return {key: value for key, value in report.items() if isinstance(value, int | float)}
+
+
 def test_evaluation_on_two_nodes_equals_one_process(cluster, trained):
     words = [str(trained), "--device=cpu", "--max_rows=8", "--num_draws=2", "--batch_size=2", "--json"]
     job = cluster.submit("evaluate.sh", *words, options=(*A_GPU, "--nodes=2"))
     assert job.wait() == "COMPLETED", job.report()
     found = [json.loads(line) for line in job.log.read_text().splitlines() if line.startswith("{")]
     expected = json.loads(python("-m", "dlm_scale.cli", "evaluate", *words).splitlines()[-1])
-    assert len(found) == 1 and found[0] == pytest.approx(expected, rel=1e-6)
+    assert len(found) == 1 and numbers(found[0]) == pytest.approx(numbers(expected), rel=1e-6)
 
 
 @needs("tools/sample_batch.py")
