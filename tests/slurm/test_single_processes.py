@@ -98,6 +98,6 @@ def test_an_array_of_which_a_task_is_killed_samples_what_one_process_samples(clu
 
 @needs("tools/convert_checkpoint.py")
 def test_a_conversion_waits_for_its_checkpoint(cluster, trained, tmp_path):
-    job = cluster.submit("convert.sh", str(trained), str(tmp_path / "out"), "--to=safetensors", options=SMALL)
+    job = cluster.submit("convert.sh", str(trained), str(tmp_path / "out"), "--to=hf", options=SMALL)
     assert job.wait() == "COMPLETED", job.report()
     assert list((tmp_path / "out").glob("*.safetensors"))
