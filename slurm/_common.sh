@@ -13,6 +13,7 @@ set -uo pipefail
 
 restart=${SLURM_RESTART_COUNT:-0}
 chain=${SLURM_ARRAY_JOB_ID:-${SLURM_JOB_ID:-}}
+self=$chain${SLURM_ARRAY_JOB_ID:+_$SLURM_ARRAY_TASK_ID}  # one task of an array has the array's number for its own
 asked='' terminated='' exclude='' step_pid='' run='' logs='' action='' message=''
 
 say() { echo "$(date +%H:%M:%S) job ${SLURM_JOB_ID}.$restart: $*"; }
@@ -125,7 +126,7 @@ snapshot() {  # all attempts of a job run the code that stood here when its firs
 }
 
 describe_attempt() {
-    { scontrol show job "$SLURM_JOB_ID"; env | grep -E '^(SLURM|DLM|NCCL|TORCH|CUDA|MASTER|OMP|GLOO|TRITON)_' | sort; } \
+    { scontrol show job "$self"; env | grep -E '^(SLURM|DLM|NCCL|TORCH|CUDA|MASTER|OMP|GLOO|TRITON)_' | sort; } \
         >"$logs/job.txt" 2>&1
 }
 
@@ -172,8 +173,8 @@ wait_for_slurm_to_see_dead_nodes() {
 
 requeue() {
     # The list of excluded nodes can only be changed while the job is queued again, and Slurm has not ended this script.
-    [ -z "$exclude" ] || trap 'terminated=1; scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$exclude"' TERM
-    scontrol requeue "$SLURM_JOB_ID" || [ -n "$terminated" ] || {  # it may be ended itself before it can say: done
+    [ -z "$exclude" ] || trap 'terminated=1; scontrol update JobId="$self" ExcNodeList="$exclude"' TERM
+    scontrol requeue "$self" || [ -n "$terminated" ] || {  # it may be ended itself before it can say: done
         say "error: this cluster does not let the job requeue itself; submit the same command again: $message" >&2
         exit 1
     }
