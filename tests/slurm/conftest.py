@@ -30,17 +30,19 @@ def cluster():
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory):
-    """`undisturbed(steps)`: the weights' hash of a plain run of four processes, without Slurm."""
+    """`undisturbed(steps)`: the weights' hash of a plain run of four processes (or `ranks`), without Slurm."""
     hashes = {}
 
-    def of(steps: int) -> str:
-        if steps not in hashes:
-            out = tmp_path_factory.mktemp(f"plain_{steps}") / "run"
-            words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4", "-m",
-                     "dlm_scale.train", "configs/owt_124m.yaml", *TINY, f"train.num_steps={steps}", f"train.out={out}"]
-            done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    def of(steps: int, *overrides: str, ranks: int = 4) -> str:
+        key = (steps, overrides, ranks)
+        if key not in hashes:
+            out = tmp_path_factory.mktemp("plain") / "run"
+            words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m",
+                     "dlm_scale.train", "configs/owt_124m.yaml", *TINY, f"train.num_steps={steps}", f"train.out={out}",
+                     *overrides]
+            done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=400)
             assert done.returncode == 0, done.stderr[-3000:]
-            hashes[steps] = status(out)["weights_hash"]
-        return hashes[steps]
+            hashes[key] = status(out)["weights_hash"]
+        return hashes[key]
 
     return of
