@@ -209,7 +209,11 @@ conclude() {  # conclude EXIT_CODE: says how the attempt ended, and what follows
     local said
     rm -f "$run/control/stop.$SLURM_JOB_ID"
     said=$("$python" -m dlm_scale.slurm end "$run" --exit_code "$1" --asked "${asked:-0}" --terminated \
-        "${terminated:-0}" --attempts "$attempts" ${exclude:+--excluded "$exclude"}) || { say "error: no verdict" >&2; exit 1; }
+        "${terminated:-0}" --attempts "$attempts" ${exclude:+--excluded "$exclude"}) || {
+        [ -z "$terminated" ] || exit 0  # the signal that ends this job ended that, too: Slurm requeues it, or has no need
+        say "error: no verdict" >&2
+        exit 1
+    }
     action=${said%% *} message=${said#* }
     case $action in
         finished | halted | left) say "$message"; exit 0 ;;

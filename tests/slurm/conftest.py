@@ -30,15 +30,16 @@ def cluster():
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory):
-    """`undisturbed(steps)`: the weights' hash of a plain run of four processes (or `ranks`), without Slurm."""
+    """`undisturbed(steps)`: the weights' hash of a plain run of four processes (or `ranks`), without Slurm; of
+    configs/owt_124m.yaml or another config, made tiny."""
     hashes = {}
 
-    def of(steps: int, *overrides: str, ranks: int = 4) -> str:
-        key = (steps, overrides, ranks)
+    def of(steps: int, *overrides: str, ranks: int = 4, config: str = "owt_124m") -> str:
+        key = (steps, overrides, ranks, config)
         if key not in hashes:
             out = tmp_path_factory.mktemp("plain") / "run"
             words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m",
-                     "dlm_scale.train", "configs/owt_124m.yaml", *TINY, f"train.num_steps={steps}", f"train.out={out}",
+                     "dlm_scale.train", f"configs/{config}.yaml", *TINY, f"train.num_steps={steps}", f"train.out={out}",
                      *overrides]
             done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=400)
             assert done.returncode == 0, done.stderr[-3000:]

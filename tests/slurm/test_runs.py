@@ -77,7 +77,7 @@ def nodes_of(cluster, attempt):
 def test_a_chain_goes_on_in_its_next_link(cluster, undisturbed, tmp_path):
     """The default of several nodes with GPUs: a node is lost, the next link goes on elsewhere, the third has nothing
     left to do, and no GPU stays booked."""
-    expected = undisturbed(STEPS)
+    expected = undisturbed(STEPS, "parallel.sequence_parallel=true", config="llada_1b")
     job = start(cluster, tmp_path / "run", options=("--array=1-3%1", "--no-requeue"), script="llada_1b.sh")
     job.until_step(tmp_path / "run", 9)
     name = nodes_of(cluster, attempts(tmp_path / "run")[0])[1]
