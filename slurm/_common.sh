@@ -152,6 +152,10 @@ preflight_step() {
 
 # --- after an attempt -----------------------------------------------------------------------------------------------
 
+wait_for_ranks() {  # srun may be ended by the signal at which they still save
+    while squeue --noheader --steps --jobs="$self" --format=%i 2>/dev/null | grep -qE '\.[0-9]+$'; do step sleep 1; done
+}
+
 all_nodes_answer() {
     env -u SLURM_GPUS_PER_NODE -u SLURM_NTASKS_PER_NODE -u SLURM_CPUS_PER_TASK \
         timeout 30 srun --overlap --nodes="$num_nodes" --ntasks="$num_nodes" --ntasks-per-node=1 --gres=none --mem=0 \
@@ -251,7 +255,9 @@ train() {  # train CONFIG OVERRIDES...
     say "$message; nodes $SLURM_JOB_NODELIST, $num_ranks ranks by ${DLM_LAUNCHER:-srun}; logs in $logs"
     preflight || conclude 1
     if [ -z "$asked$terminated" ]; then launch dlm_scale.train "$@"; fi
-    conclude $?
+    local result=$?
+    [ -z "$terminated" ] || wait_for_ranks
+    conclude "$result"
 }
 
 work() {  # work PROGRAM ARGUMENTS...: one process that may be begun again at any time, and then goes on

@@ -125,6 +125,15 @@ def test_preemption(cluster, undisturbed, tmp_path):
     assert second["step"] >= 6 > first["step"], job.report()
 
 
+def test_a_cancelled_job_stays_ended(cluster, tmp_path):
+    job = start(cluster, tmp_path / "run", sleep=1, steps=100)
+    job.until_step(tmp_path / "run", 5)
+    cluster.run("scancel", job.number)
+    assert job.wait() == "CANCELLED", job.report()
+    time.sleep(15)  # longer than a requeued job is held back
+    assert job.state() == "CANCELLED" and len(attempts(tmp_path / "run")) == 1, job.report()
+
+
 def test_a_crash_loop_ends(cluster, tmp_path):
     job = start(cluster, tmp_path / "run", DLM_TEST_CRASH=6, DLM_ATTEMPTS=2, sleep=0)
     assert job.wait() == "FAILED", job.report()

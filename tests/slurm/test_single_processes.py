@@ -98,6 +98,9 @@ def test_an_array_of_which_a_task_is_killed_samples_what_one_process_samples(clu
 
 @needs("tools/convert_checkpoint.py")
 def test_a_conversion_waits_for_its_checkpoint(cluster, trained, tmp_path):
-    job = cluster.submit("convert.sh", str(trained), str(tmp_path / "out"), "--to=hf", options=SMALL)
+    before = cluster.run("sbatch", "--parsable", "--mem=1G", f"--output={tmp_path}/log", "--wrap=sleep 5").stdout.strip()
+    job = cluster.submit("convert.sh", str(trained), str(tmp_path / "out"), "--to=hf",
+                         options=(*SMALL, f"--dependency=afterok:{before}"))
+    assert job.state() == "PENDING"
     assert job.wait() == "COMPLETED", job.report()
     assert list((tmp_path / "out").glob("*.safetensors"))
