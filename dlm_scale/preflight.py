@@ -232,7 +232,7 @@ def _outliers(of, key: str, text: str, is_out, figure) -> Iterator[tuple[str, st
 
 
 def judge(args: argparse.Namespace) -> int:
-    """Print the bad nodes, one a line, their faults on stderr. Raises UsageError where no node is good."""
+    """Print the bad nodes, one a line, their faults on stderr. Raises UsageError where none of several is good."""
     nodes = args.nodes.split(",")
     reports = read_reports(args.folder)
     faults = find_faults(reports, nodes, args.num_ranks)
@@ -240,7 +240,7 @@ def judge(args: argparse.Namespace) -> int:
     if rates:
         print(f"preflight: all-reduce of {MEGABYTES} MB over all ranks: {min(rates):.3g} GB/s", file=sys.stderr)
     texts = [f"{node}: {'; '.join(found)}" for node, found in faults.items()]
-    if len(faults) == len(nodes) and len(nodes) > 1 or faults and len(nodes) == 1:
+    if len(faults) == len(nodes) > 1:
         raise UsageError("preflight: no node is good, so the fault is none of theirs alone: " + " | ".join(texts))
     for node, text in zip(faults, texts):
         print(f"preflight: bad node {text}", file=sys.stderr)

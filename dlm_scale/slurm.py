@@ -22,7 +22,7 @@ from dlm_scale.errors import UsageError
 
 RECENT = 10  # logged steps whose median rate counts
 WORDS = 400  # characters of an error; all of it stands in status.json
-NOT_COUNTED = ("left", "excluded")  # attempts that end so are not the run's own failure
+NOT_COUNTED = ("left",)  # attempts that end so are not the run's own failure
 
 
 # --- how an attempt ended, and what follows --------------------------------------------------------------------------
@@ -54,7 +54,7 @@ class Ended:
 def judge(ended: Ended) -> Verdict:
     """The exit code of srun is the last thing to believe: it ends the ranks of a graceful stop by signals, too."""
     verdict = _verdict(ended)
-    if verdict.action in ("stopped", "crashed") and ended.fruitless >= ended.attempts:
+    if verdict.action in ("stopped", "crashed", "excluded") and ended.fruitless >= ended.attempts:
         return Verdict("failed", f"{verdict.message}: giving up after {ended.fruitless} attempts in a row without a new "
                                  f"checkpoint (DLM_ATTEMPTS={ended.attempts}); the last one is of step {ended.step}")
     return verdict
@@ -245,7 +245,8 @@ SCRIPT = """#!/usr/bin/env bash
 {header}
 root=${{DLM_ROOT:-${{SLURM_SUBMIT_DIR:-$PWD}}}}
 # shellcheck source=slurm/_common.sh
-source "$root/slurm/_common.sh" || {{ echo "error: no slurm/_common.sh in $root: submit there, or set DLM_ROOT" >&2; exit 2; }}
+source "$root/slurm/_common.sh" ||
+    {{ echo "error: no slurm/_common.sh in $root: submit there, or set DLM_ROOT" >&2; exit 2; }}
 train {command} "$@"
 """
 

@@ -63,7 +63,11 @@ set_environment() {
 # --- signals and steps ----------------------------------------------------------------------------------------------
 
 ask_to_stop() {  # the ranks of a run look for a file after each step, and agree: no process of theirs is signalled
-    if [ -n "$run" ]; then : >"$run/control/stop.$SLURM_JOB_ID"; elif [ -n "$step_pid" ]; then kill -TERM "$step_pid"; fi
+    if [ -n "$run" ]; then
+        : >"$run/control/stop.$SLURM_JOB_ID"
+    elif [ -n "$step_pid" ]; then
+        kill -TERM "$step_pid"
+    fi
 }
 on_usr1() { asked=1; say "asked to stop before the limit, or for a job that comes first: then requeue"; ask_to_stop; }
 on_term() { terminated=1; say "Slurm ends this job (preempted, cancelled or requeued)"; ask_to_stop; }
@@ -96,8 +100,8 @@ launch() {  # launch MODULE ARGUMENTS...: on every rank, by the launcher of choi
         srun) step tasks "$ranks_a_node" "$cpus_a_rank" "$python" "$code/slurm/_run.py" "$@" ;;
         torchrun)  # static rendezvous: c10d would deal the ranks in another order than Slurm its nodes
             # shellcheck disable=SC2016  # the inner shell expands them
-            step tasks 1 "$all" bash -c 'exec "$0" -m torch.distributed.run --node_rank "$SLURM_NODEID" "$@"' "$python" \
-                --nnodes "$num_nodes" --nproc_per_node "$ranks_a_node" \
+            step tasks 1 "$all" bash -c 'exec "$0" -m torch.distributed.run --node_rank "$SLURM_NODEID" "$@"' \
+                "$python" --nnodes "$num_nodes" --nproc_per_node "$ranks_a_node" \
                 --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" "$code/slurm/_run.py" "$@" ;;
         deepspeed)
             for host in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
@@ -214,7 +218,7 @@ conclude() {  # conclude EXIT_CODE: says how the attempt ended, and what follows
     rm -f "$run/control/stop.$SLURM_JOB_ID"
     said=$("$python" -m dlm_scale.slurm end "$run" --exit_code "$1" --asked "${asked:-0}" --terminated \
         "${terminated:-0}" --attempts "$attempts" ${exclude:+--excluded "$exclude"}) || {
-        [ -z "$terminated" ] || exit 0  # the signal that ends this job ended that, too: Slurm requeues it, or has no need
+        [ -z "$terminated" ] || exit 0  # what ends this job has ended that, too
         say "error: no verdict" >&2
         exit 1
     }
@@ -243,7 +247,8 @@ train() {  # train CONFIG OVERRIDES...
     { read -r action device run && read -r message; } <<<"$said"
     case $action in go) ;; done) say "$message"; exit 0 ;; *) say "error: $message" >&2; exit 1 ;; esac
     if [ "$device" != cpu ] && [ "$gpus_a_node" != "$ranks_a_node" ]; then
-        refuse "$gpus_a_node GPUs but $ranks_a_node tasks a node: --gpus-per-node=N --ntasks-per-node=N, or train.device=cpu"
+        refuse "$gpus_a_node GPUs but $ranks_a_node tasks a node: --gpus-per-node=N --ntasks-per-node=N," \
+            "or train.device=cpu"
     fi
     logs=$run/slurm/logs/$SLURM_JOB_ID.$restart
     mkdir -p "$logs" || refuse "cannot write to $run"

@@ -16,5 +16,6 @@
 #SBATCH --requeue
 root=${DLM_ROOT:-${SLURM_SUBMIT_DIR:-$PWD}}
 # shellcheck source=slurm/_common.sh
-source "$root/slurm/_common.sh" || { echo "error: no slurm/_common.sh in $root: submit there, or set DLM_ROOT" >&2; exit 2; }
+source "$root/slurm/_common.sh" ||
+    { echo "error: no slurm/_common.sh in $root: submit there, or set DLM_ROOT" >&2; exit 2; }
 train configs/llada_8b.yaml parallel.tensor_parallel_size=8 parallel.sequence_parallel=true "$@"

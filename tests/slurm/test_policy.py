@@ -34,7 +34,8 @@ def stopped(reason):
     (Ended({"status": "failed", "error": "boom"}, 5, fruitless=3), "failed", "giving up after 3 attempts"),
     (Ended(stopped("SIGUSR1"), 5, fruitless=3), "failed", "DLM_ATTEMPTS=3"),
     (Ended({}, 5, refusal="in use", fruitless=3), "refused", "not tried again: in use"),
-    (Ended({}, -1, excluded="n2,n3", fruitless=3), "excluded", "n2,n3"),
+    (Ended({}, -1, excluded="n2,n3"), "excluded", "n2,n3"),
+    (Ended({}, -1, excluded="n2,n3", fruitless=3), "failed", "n2,n3"),
 ])  # fmt: skip
 def test_what_follows_an_attempt(ended, action, said):
     verdict = judge(ended)
@@ -56,7 +57,7 @@ def lines(*attempts):
     ([(-1, "crashed"), (4, "crashed")], 4, 1),
     ([(-1, "crashed"), (4, "crashed"), (4, "stopped")], 4, 2),
     ([(4, None), (4, None), (4, "crashed")], 4, 3),
-    ([(4, "left"), (4, "crashed"), (4, "left"), (4, "excluded")], 4, 1),
+    ([(4, "left"), (4, "crashed"), (4, "left"), (4, "excluded")], 4, 2),
     ([(4, "crashed"), (4, "crashed")], 8, 0),
 ])  # fmt: skip
 def test_attempts_without_a_new_checkpoint_are_counted(attempts, step, expected):
@@ -164,13 +165,18 @@ def test_each_node_meets_both_of_its_neighbours():
                                                        "pair": [[0, 1, 2, 3], [2, 3, 4, 5]]}
 
 
-@pytest.mark.parametrize(("bad", "code", "printed"), [({}, 0, ""), ({"n2": {"code": "d"}}, 0, "n2\n"),
-                                                     ({"n1": {"free_shm": 1}, "n2": {"free_shm": 1}}, 2, "")])
-def test_judge_prints_bad_nodes_and_refuses_where_none_is_good(bad, code, printed, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(("nodes", "bad", "code", "printed"), [
+    ("n1,n2", {}, 0, ""),
+    ("n1,n2", {"n2": {"code": "d"}}, 0, "n2\n"),
+    ("n1,n2", {"n1": {"free_shm": 1}, "n2": {"free_shm": 1}}, 2, ""),
+    ("n1", {"n1": {"free_shm": 1}}, 0, "n1\n"),
+])
+def test_judge_prints_bad_nodes_and_refuses_where_none_is_good(nodes, bad, code, printed, tmp_path, capsys, monkeypatch):
     from dlm_scale import preflight
 
-    for rank, node in enumerate(("n1", "n2")):
+    names = nodes.split(",")
+    for rank, node in enumerate(names):
         (tmp_path / f"rank_{rank}.json").write_text(json.dumps(GOOD | bad.get(node, {})))
-    monkeypatch.setattr("sys.argv", ["preflight", "judge", str(tmp_path), "2", "n1,n2"])
+    monkeypatch.setattr("sys.argv", ["preflight", "judge", str(tmp_path), str(len(names)), nodes])
     assert preflight.main() == code
     assert capsys.readouterr().out == printed
