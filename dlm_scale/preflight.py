@@ -151,8 +151,9 @@ def _write(path: Path, report: dict[str, Any]) -> None:
     os.replace(path.with_suffix(".tmp"), path)
 
 
-def _all_nodes(folder: Path, world_size: int, patience: float = 300.0) -> list[str]:
-    """The node of each rank, once all have reported."""
+def _all_nodes(folder: Path, world_size: int) -> list[str]:
+    """The node of each rank, once all have reported; half of the preflight's time is given to that."""
+    patience = float(os.environ.get("DLM_PREFLIGHT_SECONDS", "600")) / 2
     deadline = time.monotonic() + patience
     while len(reports := read_reports(folder)) < world_size:
         if time.monotonic() > deadline:

@@ -6,6 +6,7 @@
 #   DLM_LAUNCHER      srun (a task a rank), torchrun or deepspeed (a task a node)                       srun
 #   DLM_ATTEMPTS      so many attempts in a row without a new checkpoint end the job                       3
 #   DLM_PREFLIGHT     0: no check of the nodes before training                                             1
+#   DLM_PREFLIGHT_SECONDS  its time limit                                                                600
 #   DLM_PREFLIGHT_SLOW  a node that all-reduces at less than this part of the median rate is bad          0.5
 #   DLM_SNAPSHOT      0: run the code of the repository, not a copy of it                                  1
 #   DLM_SRUN_OPTIONS  more options of srun: --cpu-bind=cores, --gpu-bind=none, a container's ...
