@@ -48,7 +48,7 @@ def inspect_node(folder: Path, device: str, num_gpus: int) -> dict[str, Any]:
     """This rank's report; `folder` is in the run folder, which all nodes share, and holds the file `token`."""
     shm, scratch = Path("/dev/shm"), Path(os.environ.get("TMPDIR", "/tmp"))
     return {
-        "node": os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+        "host": os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
         "rank": int(os.environ.get("SLURM_PROCID", "0")),
         "token": (folder / "token").read_text().strip(),
         "code": code_hash(Path(dlm_scale.__file__).parent),
@@ -160,7 +160,7 @@ def _all_nodes(folder: Path, world_size: int) -> list[str]:
             missing = sorted(set(range(world_size)) - set(reports))
             raise RuntimeError(f"no report of ranks {missing[:8]} within {patience:g} s")
         time.sleep(0.5)
-    return [reports[rank]["node"] for rank in range(world_size)]
+    return [reports[rank]["host"] for rank in range(world_size)]
 
 
 # --- what follows from it -------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dlm_scale import cli, slurm
-from dlm_scale.preflight import _groups, find_faults
+from dlm_scale.preflight import _groups, find_faults, inspect_node
 from dlm_scale.slurm import Ended, fruitless_attempts, judge
 from tests.engine.reliability import train
 from tests.slurm.cluster import ROOT
@@ -158,6 +158,14 @@ def test_a_silent_node_is_bad_and_those_that_waited_for_it_are_not():
     reports = {rank: {k: v for k, v in GOOD.items() if k not in unmet} for rank in range(6) if rank != 5}
     assert list(find_faults(reports, nodes, 6)) == ["n3"]
     assert list(find_faults({**reports, 5: GOOD}, nodes, 6)) == ["n1", "n2", "n3"]
+
+
+def test_a_report_keeps_what_was_found_before_the_meeting(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURMD_NODENAME", "n7")
+    (tmp_path / "token").write_text("7.0\n")
+    report = inspect_node(tmp_path, "cpu", 0)
+    assert (report["host"], report["token"], report["rank"]) == ("n7", "7.0", 0)
+    assert set(report) - {"host", "rank"} == set(GOOD) - {"world", "node", "pair", "clock"}
 
 
 def test_each_node_meets_both_of_its_neighbours():
