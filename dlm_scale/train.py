@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dlm_scale.cli import launched_main
+from dlm_scale.cli import launched_main, note_refusal
 from dlm_scale.errors import UsageError
 from dlm_scale.parallel.dist_env import dist_env, is_first_rank
 
@@ -28,21 +28,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs=argparse.REMAINDER, help="section.key=value ...")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Check everything that is cheap to check, then train; returns the exit code."""
+def check(config_path: str, overrides: list[str], world: int) -> tuple[Any, Any, Any]:
+    """Everything that is cheap to check for a run of `world` ranks: (config, training data, validation data or None).
+
+    Makes the run folder. Raises UsageError.
+    """
     from dlm_scale.config import load_config, resolve_batch
     from dlm_scale.parallel.mesh import check_layout
 
-    config, world = load_config(args.config, args.overrides), dist_env().world_size
+    config = load_config(config_path, overrides)
     check_layout(world, config.parallel.tensor_parallel_size)
     resolve_batch(config, world // config.parallel.tensor_parallel_size)
     data, validation = open_datasets(config)
     check_resume_point(config, data)
+    return config, data, validation
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check everything that is cheap to check, then train; returns the exit code."""
+    world = dist_env().world_size
+    config, data, validation = check(args.config, args.overrides, world)
     from dlm_scale.engine.session import RunFailed
 
     try:
         train(config, data, validation)
     except RunFailed as failure:
+        if failure.code == 2:
+            note_refusal(str(failure))
         return _leave(failure.code, world)
     return 0
 

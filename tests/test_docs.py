@@ -128,6 +128,8 @@ def check_command(words: list[str]) -> None:
             raise UsageError(f"the Makefile lacks one of {rest}")
     elif words[:2] == ["python", "tools/prepare_data.py"]:
         check_dlm("prepare", rest[1:])
+    elif program == "sbatch":
+        check_sbatch(rest)
     elif words[:2] == ["python", "tools/convert_checkpoint.py"]:
         parser = cli.Parser()
         importlib.import_module("dlm_scale.convert.cli").add_arguments(parser)
@@ -136,6 +138,16 @@ def check_command(words: list[str]) -> None:
         pass  # its flags are the harness's
     elif program not in ("source", "curl", "printf"):
         raise UsageError(f"{program} is no command that these documents use")
+
+
+def check_sbatch(arguments: list[str]) -> None:
+    """The script exists; the settings after a training script fit the config that it names."""
+    at = next(i for i, argument in enumerate(arguments) if not argument.startswith("--"))
+    script = ROOT / arguments[at]
+    if not script.is_file():
+        raise UsageError(f"there is no {arguments[at]}")
+    if trained := re.search(r"^train (.+) \"\$@\"$", script.read_text(), re.MULTILINE):
+        load_config(ROOT / shlex.split(trained[1])[0], [*shlex.split(trained[1])[1:], *arguments[at + 1 :]])
 
 
 @pytest.mark.parametrize("block", BASH, ids=str)
@@ -156,6 +168,8 @@ def test_the_commands_of_a_block_exist(block):
     "python tools/prepare_data.py text.txt --tokenizer byte --output D",
     "torchrun --nproc_per_node 2 tools/sample_batch.py runs/x --input p.jsonl --output o.jsonl --batchsize=3",
     "rm -rf data",
+    "sbatch --nodes=4 slurm/owt_125m.sh",
+    "sbatch --nodes=4 slurm/owt_124m.sh optimizer.learning_rat=3e-4",
 ])  # fmt: skip
 def test_the_check_sees_a_wrong_command(line):
     with pytest.raises(UsageError):

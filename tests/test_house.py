@@ -13,7 +13,7 @@ PACKAGE = ROOT / "dlm_scale"
 BASE = {"errors"}
 MAINS = {
     "cli", "prepare", "train", "sample", "sample_batch", "evaluate", "inference", "doctor", "quickstart", "plots", "plan",
-    "lm_eval_model",
+    "lm_eval_model", "slurm", "preflight",
 }
 ALLOWED = {  # room -> the rooms it may import, beside itself
     "__init__": set(),
