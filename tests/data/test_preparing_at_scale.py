@@ -1,9 +1,11 @@
 """Preparing in many processes, killed and continued: the same files; chunks and pieces; limits; duplicates."""
 
+import base64
 import itertools
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import time
 
 import numpy as np
 import pytest
+import tiktoken
 
 from dlm_scale.data import indexed
 from dlm_scale.data import prepare as module
@@ -19,7 +22,7 @@ from dlm_scale.data.indexed import IndexedDataset
 from dlm_scale.data.meta import read_meta
 from dlm_scale.data.prepare import prepare
 from dlm_scale.data.sources import halves, open_source, safe_cut
-from dlm_scale.data.tokenizer import CUTS, make_tokenizer
+from dlm_scale.data.tokenizer import CUTS, GPT2_FILE, GPT2_PATTERN, WIDE_SPACES, make_tokenizer
 from dlm_scale.data.verify import verify
 from dlm_scale.data.workers import run_tasks
 from dlm_scale.errors import UsageError
@@ -199,6 +202,22 @@ def gpt2(request):
 
 SPACES = "\t\n\x0b\x0c\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
 KINDS = ["a", "Zé", "日本", "12", "!", "'s", "'", "\x1c", "\u200b", "\0", "😀", "  ", "\n\n", " \n", *SPACES]
+
+
+def test_marks_change_no_id(gpt2, shared_data):
+    """The quick pattern against GPT-2's own, also around marks and wide spaces in the text itself."""
+    pairs = (line.split() for line in gpt2.files[GPT2_FILE].splitlines())
+    ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
+    plain = tiktoken.Encoding("plain", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
+    rng = random.Random(3)
+    narrow = [kind for kind in KINDS if not set(kind) & set(WIDE_SPACES)]
+    draws = [kinds for kinds in (narrow, narrow, [*KINDS, "\x01"]) for _ in range(6000)]
+    texts = ["".join(rng.choices(kinds, k=rng.randint(1, 12))) for kinds in draws]
+    texts += [shared_data(name).read_text() for name in ("tinyshakespeare.txt", "wikitext2_valid.txt")]
+    for text in [*texts, "", open(__file__).read()]:
+        assert gpt2.encode(text).tolist() == plain.encode_ordinary(text), repr(text[:40])
+    white = {c for c in map(chr, range(0x3001)) if re.match(r"\s", c)}
+    assert white - set("\x1c\x1d\x1e\x1f") == set(SPACES) and len(narrow) > 15
 
 
 def test_every_cut_at_a_word_is_exact(gpt2):
