@@ -68,7 +68,7 @@ def _checked_entry(value: Any, where: str, num_dims: int | None) -> tuple[int, i
     """(begin, end, dtype, shape) of one header entry. Raises UsageError."""
     try:
         dtype, shape, (begin, end) = TAGS[value["dtype"]], tuple(value["shape"]), value["data_offsets"]
-        numbers_ok = all(type(number) is int and 0 <= number < 1 << 48 for number in (*shape, begin, end))
+        numbers_ok = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
         numbers_ok &= len(shape) == num_dims if num_dims is not None else len(shape) <= MAX_DIMS
     except (KeyError, TypeError, ValueError):
         numbers_ok = False
