@@ -147,15 +147,8 @@ def pipe(specimen, tmp_path_factory) -> TextDiffusionPipeline:
                                             ({"allow_edits": True}, "remdm"),
                                             ({"sampler": "entropy"}, "entropy")])  # fmt: skip
 def test_the_pipeline_writes_the_text_of_dlm_sample(pipe, specimen, flags, sampler):
-    from dlm_scale.cli import Parser
-    from dlm_scale.sample import _report, _sample, _settings, add_arguments, make_request  # noqa: F401
-
-    parser = Parser()
-    add_arguments(parser)
-    args = parser.parse([str(specimen.run), "--steps=7", "--seed=5", f"--sampler={sampler}"])
     inference = load_for_inference(specimen.run, device="cpu")
-    request = make_request("the ", False, 9, inference)
-    wanted = _sample(inference, request, _settings(args, inference, 9), range(2), None)
+    [wanted] = inference.generate(["the "], num_samples=2, max_new_tokens=9, steps=7, seed=5, sampler=sampler)
     made = pipe("the ", num_steps=7, seed=5, max_length=13, num_samples=2, **flags)
     assert made["decoded_texts"] == [sample.text for sample in wanted]
     assert made["num_passes"] == [sample.nfe for sample in wanted] and made["final_ids"] == [s.ids for s in wanted]
@@ -212,7 +205,8 @@ def test_tokenizers_travel_with_their_ids(kind, checkpoint, tmp_path, shared_dat
         assert theirs.decode(own) == tokenizer.decode(own)
     assert [theirs.convert_tokens_to_ids(name) for name in CHAT_TOKENS] == list(tokenizer.special_ids.values())
     talk = [{"role": "user", "content": "fox we don't"}]
-    wanted = Chat(CHATML, tokenizer.special_ids, tokenizer.encode).prompt(talk).tolist() if kind != "char" else None
+    said = [("user", talk[0]["content"])]
+    wanted = Chat(CHATML, tokenizer.special_ids, tokenizer.encode).prompt(said).tolist() if kind != "char" else None
     rendered = theirs.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
     assert rendered == "<|im_start|>user\nfox we don't<|im_end|>\n<|im_start|>assistant\n"
     if wanted:
