@@ -337,12 +337,6 @@ def prompts_hash(prefix: str | Path) -> str:
     return xxhash.xxh3_64_hexdigest(read_regular(f"{prefix}{PROMPTS_SUFFIX}"))
 
 
-def block_hashes(path: str | Path) -> tuple[str, ...]:
-    """xxh3 (64 bit, hex) of each 64 MiB of a file."""
-    with open(path, "rb") as file:
-        return tuple(xxhash.xxh3_64_hexdigest(b) for b in iter(lambda: file.read(BLOCK_BYTES), b""))
-
-
 def block_summary(path: Path, number: int, vocab_size: int) -> tuple[str, np.ndarray]:
     """(hash, how often each id stands in it) of one block of a .bin."""
     block = np.fromfile(path, np.uint8, BLOCK_BYTES, offset=number * BLOCK_BYTES)

@@ -46,8 +46,12 @@ def test_verify_finds_every_kind_of_damage(dataset, capsys, monkeypatch):
     kept = int(data[1000])
     data[1000] = kept ^ 1  # still a good id
     assert "bytes 0 to" in fault()
-    monkeypatch.setattr(verify_module, "block_hashes", lambda path: verify_module.open_split(dataset / "train")[0]
-                        .splits["train"].bin_xxh3)  # fmt: skip
+
+    class AnyHash(str):
+        __ne__ = __eq__ = lambda self, other: False
+
+    real = verify_module._check_block
+    monkeypatch.setattr(verify_module, "_check_block", lambda data, i, expected, v: real(data, i, AnyHash(), v))
     data[1000] = 300
     assert "token 1000 is id 300" in fault()
     data[1000] = 255
