@@ -83,10 +83,11 @@ class _SelectRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient_ND):
-        """The head gives every rank the whole gradient; each keeps its own rows."""
+        """The head gives every rank the whole gradient; each keeps its own rows. One may be selected twice (shifted
+        logits read the first position of a text for two)."""
         flat_N, is_mine_N = ctx.saved_tensors
         gradient = gradient_ND.new_zeros(ctx.shape)
-        gradient.view(-1, ctx.shape[-1])[flat_N] = gradient_ND[is_mine_N]
+        gradient.view(-1, ctx.shape[-1]).index_add_(0, flat_N, gradient_ND[is_mine_N])
         return gradient, None, None
 
 

@@ -38,6 +38,7 @@ WORLDS = {
         Case(1, 4, 1, 1, True, "adaln"),
         Case(2, 4, 1, 1, False, "chars"),
         Case(3, 4, 1, 1, True, "mqa"),
+        Case(1, 4, 1, 1, True, "modern"),
     ],
 }
 CASES = [case for world in WORLDS.values() for case in world]

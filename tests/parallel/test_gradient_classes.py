@@ -32,6 +32,13 @@ CLASSES = {  # class: (model variant, parameters)
                                              "blocks.0.modulation.weight")),
     "shared keys and values": ("mqa", ("blocks.0.attention.qkv.weight", "blocks.1.attention.key_norm.gain")),
     "partly shared keys and values": ("gqa", ("blocks.1.attention.qkv.weight",)),
+    "norm of the embeddings, transform of the head": (
+        "modern", ("embedding_norm.gain", "blocks.1.attention_norm.gain", "final_norm.gain", "head_transform.dense.weight",
+                   "head_transform.norm.gain")),
+    "norms behind, with biases": (
+        "post", ("embedding_norm.gain", "embedding_norm.bias", "blocks.0.attention_norm.bias", "blocks.1.mlp_norm.bias",
+                 "blocks.0.mlp.up.weight", "head_transform.dense.weight", "head_transform.norm.gain",
+                 "head_transform.norm.bias")),
     "recomputed": ("recompute", ("blocks.0.attention.qkv.weight", "blocks.0.attention_norm.gain")),
 }
 LAYOUTS = [(2, False), (2, True), (4, False), (4, True)]
