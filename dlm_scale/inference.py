@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dlm_scale.errors import UsageError
+from dlm_scale.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,15 @@ class Inference:
 
 
 def load_for_inference(
-    path: str | Path, device: str = "auto", use_ema: bool = True, local_rank: int = 0
+    path: str | Path, device: str = "auto", use_ema: bool = True, local_rank: int = 0, mesh: Mesh = Mesh()
 ) -> Inference:
     """Load a run folder's last good checkpoint, or one checkpoint folder, onto the GPU of `local_rank` or a CPU.
 
+    With a mesh of tensor size > 1 each rank of a tensor-parallel group holds its part of the model, whatever layout
+    trained it, and all of them must predict together.
+
     Raises:
-        UsageError: no checkpoint there, a damaged one, or one of another format.
+        UsageError: no checkpoint there, a damaged one, one of another format, or of a shape that the mesh cannot split.
     """
     from dlm_scale.checkpoint.folders import find_checkpoint
     from dlm_scale.checkpoint.reader import open_checkpoint
@@ -105,12 +109,14 @@ def load_for_inference(
 
     folder, _ = find_checkpoint(Path(path))
     checkpoint = open_checkpoint(folder, verify=False)  # find_checkpoint has just hashed it
-    config = config_from_text(checkpoint.document("config.yaml").decode(), f"{folder}/config.yaml")
+    text, size = checkpoint.document("config.yaml").decode(), mesh.tensor_size
+    split = {"parallel.tensor_parallel_size": size, "parallel.sequence_parallel": False} if size > 1 else {}
+    config = config_from_text(text, f"{folder}/config.yaml", split)
     meta = _tokenizer_meta(checkpoint)
     tokenizer = None if meta.tokenizer.kind == "none" else _tokenizer(folder, meta)
     place = pick_device(device, local_rank)
     weights = "ema" if use_ema and ("embedding.weight", "ema") in checkpoint.tensors else "param"
-    model = load_model(checkpoint, config, meta.vocabulary, place, weights)
+    model = load_model(checkpoint, config, meta.vocabulary, place, weights, mesh)
     return Inference(model, config, meta, tokenizer, place, checkpoint, weights)
 
 
@@ -127,23 +133,30 @@ def _tokenizer(folder: Path, meta: Any):
     return load_tokenizer(folder, meta)
 
 
-def load_model(checkpoint: Any, config: Any, vocabulary: Any, device: Any, slot: str):
-    """A whole model with the weights of `slot`, one logical tensor in memory at a time beside it."""
+def load_model(checkpoint: Any, config: Any, vocabulary: Any, device: Any, slot: str, mesh: Mesh):
+    """This rank's part of a model with the weights of `slot`, one parameter in memory at a time beside it."""
     import torch
 
     from dlm_scale.model.parameters import parameter_table
+    from dlm_scale.model.sharding import local_boxes, split_range
     from dlm_scale.model.transformer import Transformer
+    from dlm_scale.parallel.layers import layers_of
 
     table = parameter_table(config.model, vocabulary)
     _check_tensors(checkpoint, table, slot)
     dtype = torch.bfloat16 if config.train.precision == "bf16" and device.type == "cuda" else torch.float32
+    layers = layers_of(mesh, sequence_parallel=False)
     with torch.device(device):
-        model = Transformer(config.model, vocabulary).to(dtype)
+        model = Transformer(config.model, vocabulary, layers).to(device, dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            values = checkpoint.read(name, slot)
-            parameter.zero_()  # padded rows
-            parameter[: values.shape[0]].copy_(values)
+            spec, local_N, done = table[name], parameter.view(-1), 0
+            boxes = local_boxes(spec, mesh.tensor_rank, mesh.tensor_size, parameter.shape[0])
+            for item, low, high in split_range(boxes, 0, len(local_N)):
+                values = checkpoint.read_flat(name, slot, item.box, low, high - low, view=spec.view)
+                local_N[done : done + high - low].copy_(values)
+                done += high - low
+            local_N[done:].zero_()  # padded rows
     return model.eval()
 
 

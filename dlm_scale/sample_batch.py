@@ -1,8 +1,8 @@
 """Offline batch sampling: `python tools/sample_batch.py CKPT --input prompts.jsonl --output out.jsonl`.
 
 Every worker (rank of a launcher, task of a Slurm array, or both) makes its share of the samples and appends them to a
-part of its own; whoever finds the parts complete merges them in input order. There is no communication but one
-broadcast at the start.
+part of its own; whoever finds the parts complete merges them in input order. A worker may be a tensor-parallel group of
+ranks, whose first one plans and writes for all. Workers do not communicate but for one broadcast at the start.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dlm_scale.errors import UsageError
 from dlm_scale.parallel.dist_env import DistEnv, dist_env, start_process_group
+from dlm_scale.parallel.mesh import Mesh
 from dlm_scale.sampling.settings import FLAG, add_sampling_arguments, check_ranges, check_sampling
 from dlm_scale.sampling.settings import longest_canvas, num_steps, stream_settings
 
@@ -38,18 +41,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shard", metavar="I/N", help="do part I (from 0) of N alone; default: the task of a Slurm array")
     add("--merge", default=False, **FLAG, help="sample nothing, merge what the parts hold")
     add("--overwrite", default=False, **FLAG, help="delete the output, finished or not, and start anew")
-    add("--tensor_parallel_size", type=int, default=1, help="ranks that share one model; only 1 so far")
+    add("--tensor_parallel_size", type=int, default=1, help="ranks that share one model (default: 1)")
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker needs to know."""
+    """What a rank of a worker needs to know. `mesh`: its place among the ranks of this launch."""
 
     args: argparse.Namespace
     env: DistEnv
+    mesh: Mesh
     state: Any
     worker: int
     num_workers: int
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank speaks and writes for its worker."""
+        return self.mesh.tensor_rank == 0
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,18 +68,29 @@ def run(args: argparse.Namespace) -> int:
         return _merge(job)
     import torch
 
-    from dlm_scale.inference import load_for_inference
+    from dlm_scale.engine.runtime import stop_runtime
 
     torch.set_num_threads(args.num_threads)
-    inference = load_for_inference(args.checkpoint, args.device, local_rank=job.env.local_rank)
+    try:
+        _sample(_joined(job) if job.env.world_size > 1 else job)
+    finally:
+        stop_runtime()
+    return 0
+
+
+def _sample(job: Job) -> None:
+    from dlm_scale.engine.runtime import stop_runtime
+    from dlm_scale.inference import load_for_inference
+
+    args = job.args
+    inference = load_for_inference(args.checkpoint, args.device, local_rank=job.env.local_rank, mesh=job.mesh)
     if inference.is_autoregressive:
         raise UsageError(f"{args.checkpoint} is autoregressive: batches are for masked checkpoints so far; use dlm sample")
     settings = stream_settings(vars(args), inference)
-    _together(job.env, lambda: _prepare(job, inference, settings))
-    if not _is_complete(job):
-        _sample_share(job, inference, settings)
-        _merge(job)
-    return 0
+    _from_first(job.env.rank == 0, 0, None, lambda: _prepare(job, inference, settings))
+    if job.mesh.tensor_size == 1:
+        stop_runtime()  # from here on no worker waits for another
+    _sample_share(job, inference, settings)
 
 
 def _job(args: argparse.Namespace) -> Job:
@@ -80,20 +100,31 @@ def _job(args: argparse.Namespace) -> Job:
     check_ranges(vars(args), _RANGES)
     if args.cache != "none":
         raise UsageError("--cache: kept keys would depend on what else is in a pass; leave it out, or use dlm sample")
-    if args.tensor_parallel_size > 1:
-        raise UsageError("--tensor_parallel_size: sampling splits over ranks by requests only so far, a model must fit "
-                         "one device; leave the flag out, or sample on a device with more memory")
-    env, (shard, num_shards) = dist_env(), _shard(args.shard, os.environ)
+    env, (shard, num_shards), size = dist_env(), _shard(args.shard, os.environ), args.tensor_parallel_size
+    if env.world_size % size and not args.merge:
+        raise UsageError(f"--tensor_parallel_size {size} does not divide the {env.world_size} processes of this job: "
+                         f"start a multiple of {size} with deepspeed, torchrun or srun, or give another size")
     if args.overwrite and num_shards > 1:
         raise UsageError(f"--overwrite in one of {num_shards} parts would delete what the others make: delete "
                          f"{args.output} and {args.output}.state first, then start all parts without it")
-    out, worker, num_workers = Path(args.output), shard * env.world_size + env.rank, num_shards * env.world_size
+    groups = max(1, env.world_size // size)
+    out, worker, num_workers = Path(args.output), shard * groups + env.rank // size, num_shards * groups
     if not out.resolve().parent.is_dir():
         raise UsageError(f"cannot write {out}: its folder does not exist; make it first")
     if out.is_dir() or out.resolve() == Path(args.input).resolve():
         raise UsageError(f"cannot write {out}: it is {'a folder' if out.is_dir() else 'the input'}; choose another "
                          "--output")
-    return Job(args, env, State(out, worker, num_workers), worker, num_workers)
+    return Job(args, env, Mesh(), State(out, worker, num_workers), worker, num_workers)
+
+
+def _joined(job: Job) -> Job:
+    """The job with its mesh: the ranks meet. Small things travel by gloo wherever the model is."""
+    from dlm_scale.engine.runtime import pick_device
+    from dlm_scale.parallel.mesh import make_mesh
+
+    is_on_gpu = job.args.tensor_parallel_size > 1 and pick_device(job.args.device, job.env.local_rank).type == "cuda"
+    start_process_group(job.env, "cpu:gloo,cuda:nccl" if is_on_gpu else "gloo")
+    return replace(job, mesh=make_mesh(job.env.rank, job.env.world_size, job.args.tensor_parallel_size))
 
 
 def _shard(flag: "str | None", environ: Mapping[str, str]) -> tuple[int, int]:
@@ -116,25 +147,22 @@ def _shard(flag: "str | None", environ: Mapping[str, str]) -> tuple[int, int]:
     return (task - least) // step, count
 
 
-def _together(env: DistEnv, prepare: Callable[[], None]) -> None:
-    """Rank 0 prepares, the others wait for it; if it fails, all do."""
-    if env.world_size == 1:
-        return prepare()
-    import torch
+def _from_first(is_first: bool, first: int, group: Any, make: Callable[[], Any]) -> Any:
+    """What `make` gives on rank `first` of a group (None: of the world), on all its ranks; if it fails, all do."""
     import torch.distributed as dist
 
-    start_process_group(env, "gloo")
-    failure = None
-    if env.rank == 0:
+    if not dist.is_initialized():
+        return make()
+    failure, made = None, [False, None]
+    if is_first:
         try:
-            prepare()
+            made = [True, make()]
         except UsageError as error:
             failure = error
-    has_failed = torch.tensor([failure is not None])
-    dist.broadcast(has_failed, 0)
-    dist.destroy_process_group()
-    if has_failed.item():
-        raise failure or UsageError("rank 0 could not prepare the output: see its message")
+    dist.broadcast_object_list(made, first, group=group)
+    if not made[0]:
+        raise failure or UsageError(f"rank {first} could not begin: see its message")
+    return made[1]
 
 
 def _prepare(job: Job, inference: Any, settings: dict) -> None:
@@ -215,7 +243,8 @@ def _identity(args: argparse.Namespace, inference: Any, settings: dict, describe
                        "weights": inference.weights},
         "settings": settings | own,
         "numerics": {"device": inference.device.type, "torch": torch.__version__, "num_threads": args.num_threads,
-                     "cpu": torch.backends.cpu.get_cpu_capability(), **vars(_pass_shape(inference))},
+                     "cpu": torch.backends.cpu.get_cpu_capability(), **vars(_pass_shape(inference)),
+                     "tensor_parallel_size": args.tensor_parallel_size},
     }  # fmt: skip
 
 
@@ -241,51 +270,88 @@ def _is_complete(job: Job) -> bool:
     return True
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a worker has to do: samples left of its `num_mine`, and canvases at once. None left where all is done."""
+
+    todo: Any
+    num_mine: int
+    batch_size: int
+
+
 def _sample_share(job: Job, inference: Any, settings: dict) -> None:
     import numpy as np
 
-    from dlm_scale.sampling.batching import share
-    from dlm_scale.sampling.journal import find_results, worker_lock
-
-    args, state = job.args, job.state
+    args, state, mesh = job.args, job.state, job.mesh
     index = np.load(state.index, mmap_mode="r")
     lengths, num_open = (index[name].astype(np.int64) for name in ("length", "num_open"))
     distinct, place = np.unique(num_open, return_inverse=True)
     steps = np.array([num_steps(vars(args), inference, int(count)) for count in distinct])[place]
+    with ExitStack() as held:
+        make_plan = partial(_plan, job, inference, settings, (lengths, steps, num_open), held)
+        plan = _from_first(job.is_first, mesh.rank - mesh.tensor_rank, mesh.tensor_group, make_plan)
+        if plan is None:
+            return
+        if len(plan.todo):
+            _make(job, inference, settings, index, plan, (lengths, steps))
+    if job.is_first:
+        _merge(job)
+
+
+def _plan(job: Job, inference: Any, settings: dict, keys: tuple, held: ExitStack) -> "Plan | None":
+    """None where the output is complete, else the plan; this worker's lock goes to `held`."""
+    from dlm_scale.sampling.batching import share
+    from dlm_scale.sampling.journal import find_results, worker_lock
+
+    if _is_complete(job):
+        return None
+    args, state, (lengths, steps, num_open) = job.args, job.state, keys
+    held.enter_context(worker_lock(state))
     mine = share(lengths, steps, num_open, args.num_samples, job.worker, job.num_workers)
-    with worker_lock(state):
-        is_done = find_results(state.parts(), len(index) * args.num_samples)["size"] > 0
-        todo = mine[~is_done[mine]]
-        progress = Progress(len(mine), len(mine) - len(todo), job.env.rank == 0)
-        if len(todo):
-            _make(job, inference, settings, index, todo, (lengths, steps), progress)
+    is_done = find_results(state.parts(), len(lengths) * args.num_samples)["size"] > 0
+    todo = mine[~is_done[mine]]
+    size = args.batch_size
+    if not size and len(todo):
+        size = _batch_size(job, inference, settings, int(lengths.max()), int(steps.min()))
+    return Plan(todo, len(mine), size)
 
 
-def _make(job: Job, inference: Any, settings: dict, index: Any, todo: Any, keys: tuple, progress: Progress) -> None:
-    """Sample `todo`, batch by batch, into this worker's part. keys: (length, steps) of each request."""
+def _make(job: Job, inference: Any, settings: dict, index: Any, plan: Plan, keys: tuple) -> None:
+    """Sample what is left, batch by batch, into this worker's part. keys: (length, steps) of each request."""
     from dlm_scale.data.files import open_regular
     from dlm_scale.sampling.batching import batches
     from dlm_scale.sampling.fixed_shape import FixedShapePredict
-    from dlm_scale.sampling.journal import Part
 
     args, (lengths, steps) = job.args, keys
-    size = args.batch_size or _batch_size(job, inference, settings, int(lengths.max()), int(steps.min()))
     predict = FixedShapePredict(inference.model, inference.vocabulary.mask_id, inference.device, _pass_shape(inference))
-    with open_regular(args.input) as file, Part(job.state.part) as part, _open_times(job.state) as own_times:
+    progress = Progress(plan.num_mine, plan.num_mine - len(plan.todo), job.env.rank == 0)
+    with open_regular(args.input) as file, _writer(job) as write:
         maker = Maker(index, file, _reader(args, inference), inference, predict, settings, args.num_samples)
-        for batch in batches(todo, lengths, steps, args.num_samples, size):
+        for batch in batches(plan.todo, lengths, steps, args.num_samples, plan.batch_size):
             begun = time.perf_counter()
             rows = maker.make(batch, int(steps[batch[0] // args.num_samples]))
-            part.append(list(zip(batch.tolist(), rows)))
-            own_times.write(json.dumps(_times(job, rows, time.perf_counter() - begun)) + "\n")
-            own_times.flush()
+            write(batch, rows, time.perf_counter() - begun)
             progress.add(len(rows), maker.new_tokens)
     progress.end(predict)
 
 
-def _open_times(state: Any):
-    state.own_times.parent.mkdir(exist_ok=True)
-    return open(state.own_times, "a")
+@contextmanager
+def _writer(job: Job) -> Iterator[Callable[[Any, list[dict], float], None]]:
+    """`write(batch, rows, seconds)` appends to this worker's part and times; does nothing on its other ranks."""
+    from dlm_scale.sampling.journal import Part
+
+    if not job.is_first:
+        yield lambda batch, rows, seconds: None
+        return
+    job.state.own_times.parent.mkdir(exist_ok=True)
+    with Part(job.state.part) as part, open(job.state.own_times, "a") as own_times:
+
+        def write(batch: Any, rows: list[dict], seconds: float) -> None:
+            part.append(list(zip(batch.tolist(), rows)))
+            own_times.write(json.dumps(_times(job, rows, seconds)) + "\n")
+            own_times.flush()
+
+        yield write
 
 
 def _times(job: Job, rows: list[dict], seconds: float) -> dict[str, Any]:

@@ -146,6 +146,51 @@ def test_the_ranks_do_not_show(work, whole, world_size):
     assert work.read("ranks.jsonl") == whole
 
 
+@pytest.mark.parametrize("size, world_size", [(2, 2), (2, 4), (4, 4)])
+def test_tensor_parallel_groups_make_the_same_text(work, whole, size, world_size):
+    """Not the same bits: sums over ranks round differently, and no draw of so few is that close to a bound."""
+    flags = (f"--tensor_parallel_size={size}", "--batch_size=5")
+    codes = run_ranks(world_size, lambda: work(*flags, out="split.jsonl"))
+    assert codes == [0] * world_size and work.read("split.jsonl") == whole
+    assert {batch["worker"] for batch in rows_of(work.read("split.jsonl.times.jsonl"))} == set(range(world_size // size))
+    assert run_ranks(world_size, lambda: work(*flags, out="split.jsonl")) == [0] * world_size  # nothing left to do
+    assert run_ranks(2, lambda: work(out="split.jsonl")) == [2, 2]  # other numerics
+
+
+def test_the_batch_size_does_not_show_in_a_tensor_parallel_group(work):
+    for size in (1, 7, 64):
+        flags = ("--tensor_parallel_size=2", f"--batch_size={size}")
+        assert run_ranks(2, lambda: work(*flags, out=f"{size}.jsonl")) == [0, 0]
+    assert work.read("1.jsonl") == work.read("7.jsonl") == work.read("64.jsonl")
+
+
+def test_a_killed_tensor_parallel_group_finishes_the_same(work, whole):
+    def dies_in_the_third_batch():
+        append, batches = journal.Part.append, iter(range(9))
+
+        def dying(part, rows):
+            if next(batches) == 2:
+                os._exit(9)
+            append(part, rows)
+
+        journal.Part.append = dying
+        return work("--tensor_parallel_size=2", "--batch_size=5", out="killed.jsonl")
+
+    with pytest.raises(RuntimeError, match="failed"):
+        run_ranks(2, dies_in_the_third_batch)
+    (part,) = (work.folder / "killed.jsonl.state" / "parts").glob("*.part")
+    assert 0 < len(part.read_bytes().splitlines()) < 48 and not (work.folder / "killed.jsonl").exists()
+    assert run_ranks(2, lambda: work("--tensor_parallel_size=2", "--batch_size=9", out="killed.jsonl")) == [0, 0]
+    assert work.read("killed.jsonl") == whole
+
+
+def test_a_refusal_reaches_all_ranks_of_a_tensor_parallel_group(work, whole):
+    assert run_ranks(2, lambda: work("--tensor_parallel_size=2", "--seed=4")) == [2, 2]
+    said = run_ranks(3, lambda: (work("--tensor_parallel_size=3", out="three.jsonl"), work.said))
+    assert [code for code, _ in said] == [2] * 3 and "model.num_heads" in said[0][1]
+    assert not (work.folder / "three.jsonl").exists()
+
+
 class _AnyText(str):
     def __eq__(self, other):
         return isinstance(other, str)
@@ -398,7 +443,7 @@ def test_text_ends_before_the_stop_token(work, whole):
         (["--batch_size=-1"], "--batch_size must be between 0"),
         (["--shard=3/3"], "I from 0 to N - 1"),
         (["--shard=x"], "write I/N"),
-        (["--tensor_parallel_size=2"], "a model must fit one device"),
+        (["--tensor_parallel_size=2"], "--tensor_parallel_size 2 does not divide the 1 processes"),
         (["--stop_token=ab"], "'ab' is 2 tokens"),
         (["--outptu=x"], "did you mean --output"),
         (["--num_threads=0"], "--num_threads"),
