@@ -1,6 +1,7 @@
 # make setup       .venv with the pinned packages and the dlm command
 # make quickstart  the whole way, from text to samples, on this machine
 # make test        what CI runs; for others: make test PYTEST_ARGS='-m slow'
+# make test-slurm  the templates on a real Slurm of 16 nodes on this machine; needs root, installs Slurm by apt-get
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +9,7 @@ STAMP := $(VENV)/.setup-done
 PIP := $(BIN)/python -m pip install --no-input --constraint .ci/constraints.txt
 PYTEST_ARGS ?=
 
-.PHONY: setup quickstart test clean
+.PHONY: setup quickstart test test-slurm clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -35,6 +36,13 @@ quickstart: setup
 
 test: setup
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Whatever becomes of the tests, what they started is stopped.
+test-slurm: setup
+	@tests/slurm/cluster.sh install
+	@export DLM_TEST_CLUSTER=$$(mktemp -d /tmp/dlm_slurm_XXXXXX); \
+	    trap 'tests/slurm/cluster.sh down' EXIT; \
+	    $(BIN)/python -m pytest tests/slurm -m 'slurm or not slurm' $(PYTEST_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .hypothesis

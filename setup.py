@@ -41,6 +41,8 @@ setup(
     extras_require={
         "gpu": ["flash-attn>=2.8"],
         "log": ["wandb>=0.19"],
-        "test": ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "triton>=3.4; sys_platform == 'linux'"],
+        "test": ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "triton>=3.4; sys_platform == 'linux'",
+                 "transformers>=5.0"],
+        "hub": ["transformers>=5.0"],
     },
 )

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from dlm_scale import __version__
@@ -25,14 +27,13 @@ class Command:
 
 
 COMMANDS = {
-    "prepare": Command(
-        "turn text into an indexed dataset", "dlm_scale.data.cli", "run_prepare", "add_prepare_arguments"
-    ),
+    "prepare": Command("turn text into an indexed dataset", "dlm_scale.prepare"),
     "train": Command("train a config (one process; for more: the deepspeed launcher)", "dlm_scale.train", "main"),
     "evaluate": Command("likelihood of a dataset under a checkpoint", "dlm_scale.evaluate"),
     "sample": Command("generate text from a checkpoint", "dlm_scale.sample"),
     "checkpoint": Command("verify or list a checkpoint", "dlm_scale.checkpoint.cli"),
-    "data": Command("verify or show an indexed dataset", "dlm_scale.data.cli", "run_data", "add_data_arguments"),
+    "data": Command("check, show or import an indexed dataset", "dlm_scale.data.cli", "run_data", "add_data_arguments"),
+    "slurm": Command("write a job script; say how a run under Slurm stands", "dlm_scale.slurm"),
     "doctor": Command("what is installed, and which backend each operation takes and why", "dlm_scale.doctor"),
 }
 
@@ -106,11 +107,19 @@ def exit_code(run: Callable[[], int | None], program: str = "dlm") -> int:
 
         if is_first_rank():
             print(f"{program}: error: {error}", file=sys.stderr)
+            note_refusal(str(error))
         else:
             time.sleep(1.0)  # a launcher ends the others with the first that ends: let rank 0 speak
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def note_refusal(message: str) -> None:
+    """Leave the message in the file DLM_REFUSAL_FILE, where a job script looks: launchers lose exit codes."""
+    if path := os.environ.get("DLM_REFUSAL_FILE"):
+        with suppress(OSError), open(path, "w") as file:
+            file.write(message + "\n")
 
 
 def _help() -> str:

@@ -49,9 +49,9 @@ class Section(BaseModel):
 
 
 def _default_ffn_size(values: dict[str, Any]) -> int:
-    """4d for GELU; for SwiGLU 8d/3, up to a multiple of 128, so that both cost about the same."""
+    """4d for GELU; for gated ones 8d/3, up to a multiple of 128, so that both cost about the same."""
     width = values["hidden_size"]
-    return 4 * width if values["mlp"] == "gelu" else -(-8 * width // (3 * FFN_MULTIPLE)) * FFN_MULTIPLE
+    return 4 * width if values["mlp"].startswith("gelu") else -(-8 * width // (3 * FFN_MULTIPLE)) * FFN_MULTIPLE
 
 
 class ModelConfig(Section):
@@ -63,7 +63,7 @@ class ModelConfig(Section):
     seq_len: Positive
     num_kv_heads: Positive = Field(default_factory=lambda values: values["num_heads"])
     head_dim: Positive = Field(default_factory=lambda values: max(1, values["hidden_size"] // values["num_heads"]))
-    mlp: Literal["swiglu", "gelu"] = "swiglu"
+    mlp: Literal["swiglu", "geglu", "gelu", "gelu_tanh"] = "swiglu"
     ffn_size: Positive = Field(default_factory=_default_ffn_size)
     qk_norm: bool = True
     rope_base: PositiveFloat = 10_000.0
@@ -72,6 +72,19 @@ class ModelConfig(Section):
     time_conditioning: Literal["none", "adaln"] = "none"
     logit_softcap: PositiveFloat | None = None  # logits are cap * tanh(logits / cap)
     init_std: PositiveFloat = 0.02
+    norm: Literal["rms", "layernorm"] = "rms"
+    norm_bias: bool = False
+    norm_placement: Literal["pre", "post"] = "pre"  # post: after the sum, as in BERT, and no final norm
+    bias: Literal["none", "qkv", "mlp", "all"] = "none"  # which projections have one
+    position: Literal["rope", "learned"] = "rope"
+    window: Positive | None = None  # local attention: keys at most so far away, but in every global_every-th block
+    global_every: Positive = 3
+    window_rope_base: PositiveFloat = 10_000.0
+    embedding_norm: Literal["none", "extra", "first"] = "none"  # first: in place of the first block's own
+    head_transform: bool = False  # dense, GELU and norm before the output table, as in BERT
+    head_bias: bool = False
+    logit_shift: bool = False  # token i is predicted from position i-1, as an autoregressive model does
+    init_from: Text | None = None  # start from the weights of this checkpoint
 
 
 class ObjectiveConfig(Section):
@@ -85,6 +98,7 @@ class DiffusionConfig(Section):
 
     schedule: Literal["linear", "loglinear", "poly", "cosine", "cosine2", "cos", "geometric"] = "linear"
     weighting: Literal["count", "elbo", "exact", "simple"] = "count"
+    attention_anneal_steps: NonNegative = 0  # from causal to full attention, after autoregressive weights
     z_loss: NonNegativeFloat = 0.0  # times the squared log-sum-exp of each masked token, in the loss only
 
 
@@ -117,16 +131,39 @@ def _ascending(ranges: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ..
     return ranges
 
 
+def _texts(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+class PrepareConfig(Section):
+    """How `dlm prepare --config` makes the dataset (its flags, see there); training takes no notice of it."""
+
+    source: Annotated[tuple[Text, ...], BeforeValidator(_texts), Field(min_length=1)]
+    tokenizer: Text | None = None  # of a recipe: its own
+    out: Text | None = None  # the folder of data.train
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    text_key: Text = "text"
+    max_documents: NonNegative = 0
+    max_tokens: NonNegative = 0
+    deduplicate: bool = False
+    chat: str = ""
+    max_length: NonNegative = 0
+    special_tokens: Annotated[tuple[Text, ...], BeforeValidator(_texts)] = ()
+
+
 class DataConfig(Section):
     """What is read. The tokenizer, the vocabulary and the mask id belong to the dataset's meta.json alone."""
 
     train: Annotated[tuple[Source, ...], BeforeValidator(_sources), Field(min_length=1)]
     validation: Text | None = None
     synthetic_vocab_size: Annotated[int, Field(ge=2, lt=2**31)] | None = None
+    packing: Literal["none", "best_fit"] = "none"  # none: windows, cut across documents
+    order: Literal["shuffled", "sharded"] = "shuffled"  # sharded: may still be in preparation
     random_length_share: Ratio = 0.0  # of the training rows, cut to a length uniform on 1..seq_len
     skip_samples: Annotated[
         tuple[tuple[NonNegative, NonNegative], ...], BeforeValidator(_sample_ranges), AfterValidator(_ascending)
     ] = ()
+    prepare: PrepareConfig | None = None
 
     @property
     def is_synthetic(self) -> bool:
@@ -136,7 +173,7 @@ class DataConfig(Section):
     @property
     def has_segments(self) -> bool:
         """Whether rows may consist of segments, whose number changes from batch to batch."""
-        return self.random_length_share > 0
+        return self.random_length_share > 0 or self.packing != "none"
 
 
 class ParallelConfig(Section):
@@ -235,8 +272,18 @@ def _cross_problems(config: Config) -> Iterator[Problem]:
         )
     if config.objective.kind == "autoregressive":
         yield from _autoregressive_problems(config)
+    if config.model.init_from and config.train.branch_from:
+        yield "model.init_from", "starts from weights alone, train.branch_from from the full state: give one of them"
+    if config.diffusion.attention_anneal_steps and (config.data.has_segments or config.train.compile):
+        yield (
+            "diffusion.attention_anneal_steps",
+            "needs data.random_length_share = 0, data.packing = none and train.compile = false: its mask changes",
+        )
     if config.data.is_synthetic and (len(config.data.train) > 1 or not config.data.synthetic_vocab_size):
         yield "data.train", "= synthetic stands alone and needs data.synthetic_vocab_size"
+    for key, value, default in (("packing", config.data.packing, "none"), ("order", config.data.order, "shuffled")):
+        if config.data.is_synthetic and value != default:
+            yield f"data.{key}", f"= {value} needs documents on the disk, which data.train=synthetic has none of: drop it"
     if config.train.global_batch_size % config.train.micro_batch_size:
         yield "train.global_batch_size", _batch_text(config.train, 1)
 
@@ -250,6 +297,8 @@ def _autoregressive_problems(config: Config) -> Iterator[Problem]:
         value = getattr(config.diffusion, key)
         if value != getattr(twin, key):
             yield f"diffusion.{key}", f"= {value} {why}: leave it out"
+    if config.model.logit_shift:
+        yield "model.logit_shift", f"= true {why}: the twin is moved by one already; set false"
     if config.data.random_length_share:
         yield "data.random_length_share", f"= {config.data.random_length_share} {why}: every prefix is learnt; set 0"
 
@@ -258,15 +307,33 @@ def _model_problems(config: Config) -> Iterator[Problem]:
     model, tp = config.model, config.parallel.tensor_parallel_size
     if "head_dim" not in model.model_fields_set and model.hidden_size % model.num_heads:
         yield _indivisible("model.hidden_size", model.hidden_size, "model.num_heads", model.num_heads)
-    elif model.head_dim % 2:
+    elif model.head_dim % 2 and model.position == "rope":
         yield "model.head_dim", f"is {model.head_dim}: rotary positions need an even width per head"
     if model.num_heads % model.num_kv_heads:
         yield _indivisible("model.num_heads", model.num_heads, "model.num_kv_heads", model.num_kv_heads)
+    for key, needed in _model_needs(model, tp):
+        yield f"model.{key}", f"= {getattr(model, key)} needs {needed}"
     for key, value in _unshardable(config, tp):
         fitting = [size for size in range(1, model.num_heads + 1) if not any(_unshardable(config, size))]
         nearest = sorted(sorted(fitting, key=lambda size: abs(size - tp))[:3])
         problem = _indivisible(key, value, "parallel.tensor_parallel_size", tp)
         yield key, f"{problem[1]}; nearest sizes that fit: {nearest}"
+
+
+def _model_needs(model: ModelConfig, tp: int) -> Iterator[tuple[str, str]]:
+    """(key, what it needs) of each option of the shape that does not go with another."""
+    needs = [
+        ("norm_bias", model.norm_bias, "model.norm = layernorm", model.norm == "layernorm"),
+        ("time_conditioning", model.time_conditioning == "adaln", "model.norm_placement = pre",
+         model.norm_placement == "pre"),
+        ("embedding_norm", model.embedding_norm == "first", "model.norm_placement = pre",
+         model.norm_placement == "pre"),
+        *(
+            (key, getattr(model, key) not in ("none", "rope", False), "parallel.tensor_parallel_size = 1", tp == 1)
+            for key in ("bias", "position", "head_bias")
+        ),
+    ]  # fmt: skip
+    yield from ((key, needed) for key, is_used, needed, is_given in needs if is_used and not is_given)
 
 
 def _unshardable(config: Config, tp: int) -> Iterator[tuple[str, int]]:
@@ -430,36 +497,3 @@ def known_keys() -> list[str]:
 def dump_config(config: Config) -> str:
     """The resolved config as YAML text; `load_config` reads it back to an equal Config."""
     return dump_yaml(config.model_dump(mode="json"))
-
-
-RESULT_NEUTRAL = (
-    "parallel",
-    "deepspeed",
-    *("data." + key for key in "train validation synthetic_vocab_size".split()),  # compared by content
-    *(
-        "train." + key
-        for key in "micro_batch_size activation_checkpoint_every log_every eval_every eval_rows eval_draws save_every "
-        "keep_last keep_every async_save out resume branch_from stop_at_step compile max_bad_steps "
-        "hang_timeout_seconds wandb device".split()
-    ),
-)
-
-
-def config_difference(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """{dotted key: (old value, new value)} of everything that differs."""
-    before, after = (dict(_flat(config.model_dump(mode="json"))) for config in (old, new))
-    keys = [*before, *(key for key in after if key not in before)]
-    return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
-
-
-def is_result_neutral(key: str) -> bool:
-    """Whether a run may be continued with another value of this key and still compute the same model."""
-    return any(key == prefix or key.startswith(prefix + ".") for prefix in RESULT_NEUTRAL)
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

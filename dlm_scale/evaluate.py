@@ -116,7 +116,8 @@ def load(path: str, args: argparse.Namespace, runtime: Any) -> Any:
     """The checkpoint with the weights that --weights names."""
     from dlm_scale.inference import load_for_inference
 
-    inference = load_for_inference(path, runtime.device.type, use_ema=args.weights != "raw")
+    use_ema = args.weights != "raw"
+    inference = load_for_inference(path, runtime.device.type, use_ema, local_rank=runtime.env.local_rank)
     if args.weights == "ema" and inference.weights != "ema":
         raise UsageError(f"--weights=ema: {path} holds no averaged weights (train.ema_decay was 0)")
     return inference

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ class Inference:
     def is_autoregressive(self) -> bool:
         return self.config.objective.kind == "autoregressive"
 
-    def predict(self, x_BL, rows_N, attention=None):
+    def predict(self, x_BL, rows_N, attention=None, cache=None):
         """Log-probabilities [N, V] float32 of the clean ids at flat positions (docs/design.md, signature 3).
 
         Raises UsageError where an autoregressive checkpoint is asked for a position behind a mask.
@@ -54,9 +55,29 @@ class Inference:
         is_masked_BL = x_BL == self.vocabulary.mask_id
         m_B = segment_means(is_masked_BL.float(), attention)
         if self.is_autoregressive:
+            if cache is not None:
+                raise UsageError("kept keys and values are for masked checkpoints, and this one is autoregressive")
             x_BL, attention = self._left_context(x_BL, rows_N, is_masked_BL, attention)
         with torch.no_grad():
-            return self.model(x_BL, m_B=m_B, rows_N=rows_N, readout=lambda head: head.log_probs(), attention=attention)
+            return self.model(
+                x_BL, m_B=m_B, rows_N=rows_N, readout=lambda head: head.log_probs(), attention=attention, cache=cache
+            )
+
+    def generate(self, prompts: Sequence[str], *, num_samples: int = 1, is_infill: bool = False, **options) -> list:
+        """`num_samples` Samples (text, ids, nfe) of each prompt, or with is_infill of each text with <mask> holes.
+
+        options: sampler, steps, max_new_tokens, seed, temperature, top_k, top_p, stop_token (a list), named and
+        meant as the flags of `dlm sample`, whose texts these are. Raises UsageError.
+        """
+        from dlm_scale.sampling.texts import generate_texts
+
+        return generate_texts(self, prompts, num_samples, is_infill, options)
+
+    def stream(self, prompt: str, *, num_samples: int = 1, is_infill: bool = False, **options) -> Iterator:
+        """The State of all samples of one prompt (sampling/engine.py) at the start and after every pass."""
+        from dlm_scale.sampling.texts import stream_text
+
+        return stream_text(self, prompt, range(num_samples), is_infill, options)
 
     def _left_context(self, x_BL, rows_N, is_masked_BL, attention):
         from dlm_scale.diffusion.autoregressive import moved_right
@@ -70,8 +91,10 @@ class Inference:
         return moved_right(x_BL, self.vocabulary.mask_id), Causal()
 
 
-def load_for_inference(path: str | Path, device: str = "auto", use_ema: bool = True) -> Inference:
-    """Load a run folder's last good checkpoint, or one checkpoint folder.
+def load_for_inference(
+    path: str | Path, device: str = "auto", use_ema: bool = True, local_rank: int = 0
+) -> Inference:
+    """Load a run folder's last good checkpoint, or one checkpoint folder, onto the GPU of `local_rank` or a CPU.
 
     Raises:
         UsageError: no checkpoint there, a damaged one, or one of another format.
@@ -86,7 +109,7 @@ def load_for_inference(path: str | Path, device: str = "auto", use_ema: bool = T
     config = config_from_text(checkpoint.document("config.yaml").decode(), f"{folder}/config.yaml")
     meta = _tokenizer_meta(checkpoint)
     tokenizer = None if meta.tokenizer.kind == "none" else _tokenizer(folder, meta)
-    place = pick_device(device, 0)
+    place = pick_device(device, local_rank)
     weights = "ema" if use_ema and ("embedding.weight", "ema") in checkpoint.tensors else "param"
     model = load_model(checkpoint, config, meta.vocabulary, place, weights)
     return Inference(model, config, meta, tokenizer, place, checkpoint, weights)

@@ -69,6 +69,9 @@ class Segments:
     def to(self, device, non_blocking: bool = False) -> Segments:
         return Segments(self.cu_seqlens.to(device, non_blocking=non_blocking))
 
+    def pin_memory(self) -> Segments:
+        return Segments(self.cu_seqlens.pin_memory())
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -77,17 +80,45 @@ class Blocks:
     size: int
 
 
-AttentionMask = Full | Causal | Segments | Blocks
+@dataclass(frozen=True)
+class Lookahead:
+    """Position i sees positions 0..i+size: from causal (0) to full, as annealing goes."""
+
+    size: int
 
 
-def allowed_BLL(mask: AttentionMask, num_rows: int, length: int, device: torch.device) -> torch.Tensor | None:
-    """Boolean [B or 1, L, L], True where query (dim 1) may see key (dim 2); None stands for all."""
+@dataclass(frozen=True)
+class Queries:
+    """The rows of `mask` at position_BS: S queries a row, keys at all positions (sampling with kept keys)."""
+
+    mask: Causal | Blocks
+    position_BS: torch.Tensor
+
+
+AttentionMask = Full | Causal | Segments | Blocks | Lookahead | Queries
+
+
+def allowed_BLL(
+    mask: AttentionMask, num_rows: int, length: int, device: torch.device, window: int | None = None
+) -> torch.Tensor | None:
+    """Boolean [B or 1, L or S, L], True where query (dim 1) may see key (dim 2), at most `window` positions away; None
+    stands for all. `length` counts keys."""
+    if window is not None:
+        position = torch.arange(length, device=device)
+        is_near_LL = (position[:, None] - position[None, :]).abs() <= window
+        allowed = allowed_BLL(mask, num_rows, length, device)
+        return is_near_LL[None] if allowed is None else allowed & is_near_LL
     if isinstance(mask, Full):
         return None
+    if isinstance(mask, Queries):
+        all_BLL = allowed_BLL(mask.mask, num_rows, length, device)
+        return all_BLL[0][mask.position_BS]
     if isinstance(mask, Segments):
         ids_BL = mask.ids_BL(num_rows, length)
         return ids_BL[:, :, None] == ids_BL[:, None, :]
     position = torch.arange(length, device=device)
+    if isinstance(mask, Lookahead):
+        return (position[:, None] + mask.size >= position[None, :])[None]
     block = position if isinstance(mask, Causal) else position // mask.size
     return (block[:, None] >= block[None, :])[None]
 
@@ -108,15 +139,27 @@ def segment_means(x_BL: torch.Tensor, mask: AttentionMask | None) -> torch.Tenso
     return torch.segment_reduce(x_BL.flatten(), "mean", lengths=mask.cu_seqlens.diff().long())
 
 
-def _sdpa(q_BLHE, k_BLGE, v_BLGE, mask):
+def _eager(q_BLHE, k_BLGE, v_BLGE, mask, window=None):
+    """The formula, step by step; the weights [B,H,L,L] exist."""
     q, k, v = (x.transpose(1, 2) for x in (q_BLHE, k_BLGE, v_BLGE))
-    allowed = None if isinstance(mask, Causal) else allowed_BLL(mask, q.shape[0], q.shape[2], q.device)
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = (q @ k.transpose(-1, -2)).float() / q.shape[-1] ** 0.5
+    allowed = allowed_BLL(mask, q.shape[0], k.shape[2], q.device, window)
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed[:, None], -torch.inf)
+    return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
+
+
+def _sdpa(q_BLHE, k_BLGE, v_BLGE, mask, window=None):
+    q, k, v = (x.transpose(1, 2) for x in (q_BLHE, k_BLGE, v_BLGE))
+    is_causal = isinstance(mask, Causal) and window is None
+    allowed = None if is_causal else allowed_BLL(mask, q.shape[0], k.shape[2], q.device, window)
     out = F.scaled_dot_product_attention(
         q,
         k,
         v,
         attn_mask=None if allowed is None else allowed[:, None],
-        is_causal=isinstance(mask, Causal),
+        is_causal=is_causal,
         enable_gqa=q.shape[1] != k.shape[1],
     )
     return out.transpose(1, 2)
@@ -162,11 +205,12 @@ class AttentionBackend:
 
     @property
     def is_torch_only(self) -> bool:
-        return self.run is _sdpa
+        return self.run in (_sdpa, _eager)
 
 
 ATTENTION_BACKENDS = {
-    "sdpa": AttentionBackend(_sdpa, (Full, Causal, Segments, Blocks)),
+    "sdpa": AttentionBackend(_sdpa, (Full, Causal, Segments, Blocks, Lookahead, Queries)),
+    "eager": AttentionBackend(_eager, (Full, Causal, Segments, Blocks, Lookahead, Queries)),
     "flash_attn_2": AttentionBackend(
         _flash_attn_2, (Full, Causal, Segments), "flash_attn", (8, 0), advice="pip install flash-attn"
     ),
@@ -186,17 +230,23 @@ AUTO_DENSE = ("flash_attn_3", "sdpa")
 AUTO_PACKED = ("flash_attn_3", "flash_attn_2", "torch_varlen", "sdpa")
 
 
-def attention(q_BLHE, k_BLGE, v_BLGE, mask: AttentionMask, backend: str | None = None) -> torch.Tensor:
-    """Softmax attention [B,L,H,E]; G divides H (grouped queries).
+def attention(
+    q_BLHE, k_BLGE, v_BLGE, mask: AttentionMask, backend: str | None = None, window: int | None = None
+) -> torch.Tensor:
+    """Softmax attention [B,L,H,E]; G divides H (grouped queries). `window`: keys farther away are not seen (torch's own
+    backends only).
 
     `backend`: a name of ATTENTION_BACKENDS, "auto", or None for what DLM_ATTENTION says. Raises BackendError where a
     named backend is unknown, absent, or cannot do this device, type or mask.
     """
     backend = REQUESTED_ATTENTION if backend is None else backend
-    if backend == "auto" and not q_BLHE.is_cuda:
-        return _sdpa(q_BLHE, k_BLGE, v_BLGE, mask)
+    if window is not None and backend not in ("auto", "sdpa", "eager"):
+        raise BackendError(f"attention backend {backend!r} cannot run here: it has no window; use auto, sdpa or eager")
+    if backend == "auto" and (window is not None or not q_BLHE.is_cuda):
+        return _sdpa(q_BLHE, k_BLGE, v_BLGE, mask, window)
     name = _attention_name(backend, q_BLHE.device.type, q_BLHE.dtype, q_BLHE.shape[-1], type(mask))
-    return ATTENTION_BACKENDS[name].run(q_BLHE, k_BLGE, v_BLGE, mask)
+    options = {} if window is None else {"window": window}
+    return ATTENTION_BACKENDS[name].run(q_BLHE, k_BLGE, v_BLGE, mask, **options)
 
 
 @torch.compiler.assume_constant_result

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dlm_scale.cli import launched_main
+from dlm_scale.cli import launched_main, note_refusal
 from dlm_scale.errors import UsageError
 from dlm_scale.parallel.dist_env import dist_env, is_first_rank
 
@@ -28,21 +28,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs=argparse.REMAINDER, help="section.key=value ...")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Check everything that is cheap to check, then train; returns the exit code."""
+def check(config_path: str, overrides: list[str], world: int) -> tuple[Any, Any, Any]:
+    """Everything that is cheap to check for a run of `world` ranks: (config, training data, validation data or None).
+
+    Makes the run folder. Raises UsageError.
+    """
     from dlm_scale.config import load_config, resolve_batch
     from dlm_scale.parallel.mesh import check_layout
 
-    config, world = load_config(args.config, args.overrides), dist_env().world_size
+    config = load_config(config_path, overrides)
     check_layout(world, config.parallel.tensor_parallel_size)
     resolve_batch(config, world // config.parallel.tensor_parallel_size)
     data, validation = open_datasets(config)
     check_resume_point(config, data)
+    return config, data, validation
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check everything that is cheap to check, then train; returns the exit code."""
+    world = dist_env().world_size
+    config, data, validation = check(args.config, args.overrides, world)
     from dlm_scale.engine.session import RunFailed
 
     try:
         train(config, data, validation)
     except RunFailed as failure:
+        if failure.code == 2:
+            note_refusal(str(failure))
         return _leave(failure.code, world)
     return 0
 
@@ -61,7 +73,10 @@ def open_datasets(config: Any) -> tuple[Any, Any]:
     from dlm_scale.data.loader import ValidationData, open_data, require_same_tokenizer
 
     source = f"synthetic:{config.data.synthetic_vocab_size}" if config.data.is_synthetic else config.data.train
-    data = open_data(source, config.model.seq_len, config.train.seed)
+    data = open_data(source, config.model.seq_len, config.train.seed, config.data.packing, config.data.order)
+    if config.objective.kind == "autoregressive" and getattr(data.tokenizer_meta, "is_chat", False):
+        raise UsageError("objective.kind=autoregressive: data.train holds conversations, which only masked diffusion takes "
+                         "so far; give text, or leave the objective out")
     if config.data.validation is None:
         return data, None
     validation = ValidationData(config.data.validation, config.model.seq_len, config.train.eval_rows)
@@ -76,7 +91,8 @@ def check_resume_point(config: Any, data: Any) -> None:
 
     out = Path(config.train.out)
     prepare_folder(out, config.train.resume, bool(list_checkpoints(out) or config.train.branch_from))
-    find_resume_point(config, data, partial(inspect_checkpoint, with_hash=False))
+    if find_resume_point(config, data, partial(inspect_checkpoint, with_hash=False)) is None:
+        find_origin(config, data, partial(inspect_checkpoint, with_hash=False))
 
 
 def find_resume_point(config: Any, data: Any, inspect: Callable, say: Callable[[str], None] = lambda text: None) -> Any:
@@ -105,14 +121,15 @@ def find_branch_point(config: Any, data: Any, inspect: Callable) -> Any:
     """The checkpoint that train.branch_from names. Raises UsageError where its state does not fit this config."""
     from dlm_scale.checkpoint.folders import find_checkpoint
     from dlm_scale.checkpoint.reader import open_checkpoint
-    from dlm_scale.config import config_difference, config_from_text
+    from dlm_scale.config import config_from_text
+    from dlm_scale.config_compare import config_difference
     from dlm_scale.data.meta import TOKENIZER_DOCUMENT
 
     path, _ = find_checkpoint(Path(config.train.branch_from), inspect)
     checkpoint = open_checkpoint(path, verify=False)  # inspected just now
     old = config_from_text(checkpoint.document("config.yaml").decode(), f"{path}/config.yaml")
     wrong = [f"{key}: {a} -> {b}" for key, (a, b) in config_difference(old, config).items()
-             if key.startswith("model.") or key == "optimizer.name"]
+             if key.startswith("model.") and key != "model.init_from" or key == "optimizer.name"]
     tokenizer = json.loads(json.dumps(data.tokenizer_meta.tokenizer_dict()))
     if json.loads(checkpoint.document(TOKENIZER_DOCUMENT)) != tokenizer:
         wrong.append("data.train: another tokenizer")
@@ -124,9 +141,21 @@ def find_branch_point(config: Any, data: Any, inspect: Callable) -> Any:
     return checkpoint
 
 
+def find_origin(config: Any, data: Any, inspect: Callable) -> Any:
+    """The weights that model.init_from names; None without it. Raises UsageError where they do not fit the model."""
+    if config.model.init_from is None:
+        return None
+    from dlm_scale.checkpoint.folders import find_checkpoint
+    from dlm_scale.engine.warm_start import open_origin
+
+    path, _ = find_checkpoint(Path(config.model.init_from), inspect)
+    return open_origin(path, config, data)
+
+
 def check_same_run(checkpoint: Any, config: Any, data: Any) -> None:
     """Raises UsageError where the config or the tokens would change the result of the run in train.out."""
-    from dlm_scale.config import config_difference, config_from_text, is_result_neutral
+    from dlm_scale.config import config_from_text
+    from dlm_scale.config_compare import config_difference, is_result_neutral
 
     old = config_from_text(checkpoint.document("config.yaml").decode(), f"{checkpoint.path}/config.yaml")
     changed = [f"{key}: {a} -> {b}" for key, (a, b) in config_difference(old, config).items()
@@ -156,10 +185,11 @@ def train(config: Any, data: Any, validation: Any) -> None:
     runtime = start_runtime(config.train.device, config.parallel.tensor_parallel_size, timeout)
     inspect = inspect_together(runtime.env.rank, runtime.env.world_size, all_gather_object)
     checkpoint = find_resume_point(config, data, inspect, say_on_first_rank)
+    origin = None if checkpoint else find_origin(config, data, inspect)
     session = Session(config, runtime, data)
     try:
         trainer = build_trainer(config, runtime, data.vocabulary)
-        state = restore(trainer, checkpoint) if checkpoint else start_fresh(trainer)
+        state = restore(trainer, checkpoint) if checkpoint else start_fresh(trainer, origin)
         with naming_lost_ranks(runtime.env):
             session.run(trainer, data, validation, state, checkpoint)
     except Exception as error:

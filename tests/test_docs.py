@@ -92,6 +92,14 @@ def parser_of(name: str) -> cli.Parser:
     return parser
 
 
+def sample_batch_parser() -> cli.Parser:
+    from dlm_scale.sample_batch import add_arguments
+
+    parser = cli.Parser(prog="sample_batch.py")
+    add_arguments(parser)
+    return parser
+
+
 def options_of(name: str) -> set[str]:
     return {flag for action in cli._actions(parser_of(name)) for flag in action.option_strings}
 
@@ -108,7 +116,9 @@ def check_dlm(name: str, arguments: list[str]) -> None:
 
 def check_command(words: list[str]) -> None:
     program, *rest = words
-    if program in ("deepspeed", "torchrun"):
+    if "tools/sample_batch.py" in words:
+        sample_batch_parser().parse(words[words.index("tools/sample_batch.py") + 1 :])
+    elif program in ("deepspeed", "torchrun"):
         at = rest.index("--module" if program == "deepspeed" else "-m")
         check_dlm(rest[at + 1].removeprefix("dlm_scale."), rest[at + 2 :])
     elif program == "dlm":
@@ -118,10 +128,26 @@ def check_command(words: list[str]) -> None:
             raise UsageError(f"the Makefile lacks one of {rest}")
     elif words[:2] == ["python", "tools/prepare_data.py"]:
         check_dlm("prepare", rest[1:])
+    elif program == "sbatch":
+        check_sbatch(rest)
+    elif words[:2] == ["python", "tools/convert_checkpoint.py"]:
+        parser = cli.Parser()
+        importlib.import_module("dlm_scale.convert.cli").add_arguments(parser)
+        parser.parse(rest[1:])
     elif words[:3] == ["python", "-m", "dlm_scale.lm_eval_model"]:
         pass  # its flags are the harness's
-    elif program not in ("source", "curl"):
+    elif program not in ("source", "curl", "printf"):
         raise UsageError(f"{program} is no command that these documents use")
+
+
+def check_sbatch(arguments: list[str]) -> None:
+    """The script exists; the settings after a training script fit the config that it names."""
+    at = next(i for i, argument in enumerate(arguments) if not argument.startswith("--"))
+    script = ROOT / arguments[at]
+    if not script.is_file():
+        raise UsageError(f"there is no {arguments[at]}")
+    if trained := re.search(r"^train (.+) \"\$@\"$", script.read_text(), re.MULTILINE):
+        load_config(ROOT / shlex.split(trained[1])[0], [*shlex.split(trained[1])[1:], *arguments[at + 1 :]])
 
 
 @pytest.mark.parametrize("block", BASH, ids=str)
@@ -140,7 +166,10 @@ def test_the_commands_of_a_block_exist(block):
     "dlm data verify",
     "make quickstrat",
     "python tools/prepare_data.py text.txt --tokenizer byte --output D",
+    "torchrun --nproc_per_node 2 tools/sample_batch.py runs/x --input p.jsonl --output o.jsonl --batchsize=3",
     "rm -rf data",
+    "sbatch --nodes=4 slurm/owt_125m.sh",
+    "sbatch --nodes=4 slurm/owt_124m.sh optimizer.learning_rat=3e-4",
 ])  # fmt: skip
 def test_the_check_sees_a_wrong_command(line):
     with pytest.raises(UsageError):
@@ -162,13 +191,14 @@ class Sandbox(NamedTuple):
 
     def run(self, document: str) -> None:
         """Execute the document's blocks in order; their outputs are appended to `outputs`."""
-        for block in BASH:
+        for block in BLOCKS:
             if block.document == document and block.directive == RUN:
                 self.outputs.append(self._run_block(block))
 
     def _run_block(self, block: Block) -> str:
         environment = os.environ | {"PATH": f"{self.folder}/bin{os.pathsep}{os.environ['PATH']}"}
-        command = ["bash", "-euo", "pipefail", "-c", block.text]
+        shell = {"bash": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}[block.language]
+        command = [*shell, block.text]
         process = subprocess.Popen(command, cwd=self.folder, env=environment, stdin=subprocess.DEVNULL, text=True,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
         try:
@@ -239,14 +269,31 @@ def test_the_guide_to_evaluation_runs(sandbox):
 @pytest.mark.timeout(2 * BLOCK_SECONDS)
 def test_the_guide_to_sampling_runs(sandbox):
     sandbox.run("docs/sampling.md")
-    assert sandbox.outputs[-1].startswith("JULIET:\n")
+    pictures, batches, python = sandbox.outputs[-3:]
+    assert pictures.startswith("JULIET:\n") and not batches
+    samples = [json.loads(line) for line in (sandbox.folder / "samples.jsonl").read_text().splitlines()]
+    assert [(row["id"], row["sample"]) for row in samples] == [(i, s) for i in ("r1", "r2", 3) for s in range(4)]
+    assert (sandbox.folder / "samples.parquet").is_file()
+    assert python.startswith("['ROMEO:") and " 'ROMEO:" in python.splitlines()[-1]
     assert (sandbox.folder / "denoising.png").read_bytes().startswith(b"\x89PNG")
     assert "<table>" in (sandbox.folder / "denoising.html").read_text()
 
 
+@pytest.mark.timeout(2 * BLOCK_SECONDS)
+def test_the_guide_to_conversion_runs(sandbox):
+    sandbox.run("docs/conversion.md")
+    assert "good  again" in sandbox.outputs[-1] and "-> transformer.final_norm.gain" in sandbox.outputs[-1]
+    assert (sandbox.folder / "export" / "modeling_dlm_scale.py").is_file() and not (sandbox.folder / "nothing").exists()
+    described = set(re.findall(r"`(--\w+)`", DOCUMENTS["docs/conversion.md"]))
+    parser = cli.Parser()
+    importlib.import_module("dlm_scale.convert.cli").add_arguments(parser)
+    assert {flag for action in parser._actions for flag in action.option_strings} - {"-h", "--help"} <= described
+
+
 def test_only_documents_that_a_test_runs_ask_to_be_run():
     running = {block.document for block in BASH if block.directive == RUN}
-    assert running == {"README.md", "docs/data.md", "docs/training.md", "docs/sampling.md", "docs/evaluation.md"}
+    assert running == {"README.md", "docs/data.md", "docs/training.md", "docs/sampling.md", "docs/evaluation.md",
+                       "docs/conversion.md"}
 
 
 def section(document: str, heading: str) -> str:
@@ -304,9 +351,11 @@ def test_files_keys_and_commands_that_are_named_exist(document):
 
 def test_every_key_and_every_flag_of_sampling_is_explained():
     assert first_cells("docs/training.md", "Every key") == known_keys_in_documented_order()
-    for command, guide in (("sample", "docs/sampling.md"), ("evaluate", "docs/evaluation.md")):
-        described = set(re.findall(r"`(--?\w+)", DOCUMENTS[guide]))
-        assert options_of(command) - {"-h", "--help"} <= described
+    described = set(re.findall(r"`(--?\w+)`", DOCUMENTS["docs/sampling.md"]))
+    batch = {flag for action in cli._actions(sample_batch_parser()) for flag in action.option_strings}
+    assert (options_of("sample") | batch) - {"-h", "--help"} <= described
+    described = set(re.findall(r"`(--?\w+)", DOCUMENTS["docs/evaluation.md"]))
+    assert options_of("evaluate") - {"-h", "--help"} <= described
 
 
 def known_keys_in_documented_order() -> list[str]:
@@ -325,11 +374,17 @@ def test_a_yaml_block_is_a_config(block):
 
 
 def test_tables_name_what_the_code_has():
+    from dlm_scale.data.hub import RECIPES
     from dlm_scale.diffusion.schedule import SCHEDULES
     from dlm_scale.diffusion.weighting import WEIGHTINGS
+    from dlm_scale.prepare import OPTIONS
     from dlm_scale.sampling import SAMPLERS
 
-    assert sorted(first_cells("docs/sampling.md", "The ten samplers")) == sorted(SAMPLERS)
+    assert first_cells("docs/data.md", "Recipes") == list(RECIPES)
+    rows = dict(re.findall(r"^\| `--(\w+)` \| `(\w+)` \|", section("docs/data.md", "At scale"), re.MULTILINE))
+    assert rows == {name: option.variable for name, option in OPTIONS.items() if option.variable}
+
+    assert sorted(first_cells("docs/sampling.md", "The samplers")) == sorted(SAMPLERS)
     assert sorted(first_cells("docs/maths.md", "Schedules")) == sorted(SCHEDULES)
     estimators = first_cells("docs/maths.md", "Three equivalent estimators, and one that is not")
     assert sorted(estimators) == sorted(WEIGHTINGS)

@@ -11,12 +11,16 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "dlm_scale"
 BASE = {"errors"}
-MAINS = {"cli", "train", "sample", "evaluate", "inference", "doctor", "quickstart", "plots", "plan", "lm_eval_model"}
+MAINS = {
+    "cli", "prepare", "train", "sample", "sample_batch", "evaluate", "inference", "doctor", "quickstart", "plots", "plan",
+    "lm_eval_model", "slurm", "preflight",
+}
 ALLOWED = {  # room -> the rooms it may import, beside itself
     "__init__": set(),
     "errors": set(),
     "deepspeed_keys": set(),
     "config_text": BASE,
+    "config_compare": BASE | {"config"},
     "config": BASE | {"config_text", "deepspeed_keys"},
     "diffusion": set(),
     "kernels": set(),
@@ -26,9 +30,11 @@ ALLOWED = {  # room -> the rooms it may import, beside itself
     "model": BASE | {"ops", "parallel", "diffusion"},
     "sampling": BASE | {"diffusion"},
     "checkpoint": BASE | {"parallel", "model"},
-    "hub": BASE | {"model", "sampling"},
+    "hub": BASE | {"model", "ops", "parallel", "sampling"},
+    "convert": BASE | {"config", "config_text", "data", "model", "parallel", "checkpoint"},
     "engine": BASE
-    | {"config", "diffusion", "data", "kernels", "ops", "parallel", "model", "sampling", "checkpoint", "plots"},
+    | {"config", "config_compare", "diffusion", "data", "kernels", "ops", "parallel", "model", "sampling", "checkpoint"}
+    | {"plots"},
     "evaluation": BASE
     | {"config", "diffusion", "data", "ops", "parallel", "model", "sampling", "checkpoint", "plots", "engine"},
 }

@@ -79,13 +79,19 @@ def open_regular(path: Path) -> Iterator[int]:
 
 def read_at(fd: int, offset: int, size: int, name: str) -> bytearray:
     """Exactly `size` bytes at `offset`. Raises UsageError when the file ends before."""
-    data, done = bytearray(size), 0
+    data = bytearray(size)
+    read_into(fd, offset, memoryview(data), name)
+    return data
+
+
+def read_into(fd: int, offset: int, target: memoryview, name: str) -> None:
+    """Fill `target`, of bytes, from `offset` on. Raises UsageError when the file ends before."""
+    done, size = 0, len(target)
     while done < size:
-        count = os.preadv(fd, [memoryview(data)[done:]], offset + done)
+        count = os.preadv(fd, [target[done:]], offset + done)
         if count == 0:
             raise UsageError(f"{name}: ends at byte {offset + done}, {offset + size} expected")
         done += count
-    return data
 
 
 def read_file(path: Path, max_bytes: int) -> bytes:
@@ -104,9 +110,11 @@ def check_record(fd: int, record: FileRecord, name: str, *, with_hash: bool) -> 
         raise UsageError(f"{name}: {size} bytes, the manifest says {record.size}")
     if not with_hash:
         return
-    digest = xxhash.xxh3_128()
+    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(min(CHUNK_BYTES, size)))
     for offset in range(0, size, CHUNK_BYTES):
-        digest.update(read_at(fd, offset, min(CHUNK_BYTES, size - offset), name))
+        part = buffer[:size - offset]
+        read_into(fd, offset, part, name)
+        digest.update(part)
     if digest.hexdigest() != record.xxh3_128:
         raise UsageError(f"{name}: content has hash {digest.hexdigest()}, the manifest says {record.xxh3_128}")
 

@@ -1,4 +1,4 @@
-"""The safetensors file format: 8 bytes of header length, a JSON header, raw data. One-dimensional tensors only.
+"""The safetensors file format: 8 bytes of header length, a JSON header, raw data. Checkpoints hold 1-D tensors only.
 
 Written here rather than through the library so that tensors stream through one at a time, and parsed here so that
 every claim of a header is checked before anything is allocated for it.
@@ -6,34 +6,38 @@ every claim of a header is checked before anything is allocated for it.
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
-from typing import Any, Iterable, NamedTuple
+from typing import Any, Iterable, NamedTuple, Sequence
 
 from dlm_scale.checkpoint.files import load_json, read_at
 from dlm_scale.checkpoint.layout import DTYPES
 from dlm_scale.errors import UsageError
 
 MAX_HEADER_BYTES = 100_000_000
+MAX_DIMS = 16
 TAGS = {tag: dtype for dtype, (tag, _) in DTYPES.items()}
 
 
 class Entry(NamedTuple):
-    """A 1-D tensor in a file: its dtype, number of elements, and absolute byte offset."""
+    """A tensor in a file: its dtype, number of elements, absolute byte offset, and shape."""
 
     dtype: str
     numel: int
     offset: int
+    shape: tuple[int, ...]
 
 
-def encode_header(entries: Iterable[tuple[str, str, int]], metadata: dict[str, str]) -> bytes:
-    """The bytes before the data of (key, dtype, numel) entries, in the order in which the data will follow."""
+def encode_header(entries: Iterable[tuple[str, str, int | Sequence[int]]], metadata: dict[str, str]) -> bytes:
+    """The bytes before the data of (key, dtype, numel or shape) entries, in the order in which the data will follow."""
     header: dict[str, Any] = {"__metadata__": metadata}
     begin = 0
-    for key, dtype, numel in entries:
+    for key, dtype, size in entries:
         tag, item_size = DTYPES[dtype]
-        end = begin + numel * item_size
-        header[key] = {"dtype": tag, "shape": [numel], "data_offsets": [begin, end]}
+        shape = [size] if isinstance(size, int) else list(size)
+        end = begin + math.prod(shape) * item_size
+        header[key] = {"dtype": tag, "shape": shape, "data_offsets": [begin, end]}
         begin = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -43,8 +47,9 @@ def encode_header(entries: Iterable[tuple[str, str, int]], metadata: dict[str, s
     return struct.pack("<Q", len(text)) + text
 
 
-def read_header(fd: int, name: str) -> dict[str, Entry]:
-    """The entries of an open file. Raises UsageError unless they tile its data exactly."""
+def read_header(fd: int, name: str, num_dims: int | None = 1) -> dict[str, Entry]:
+    """The entries of an open file. Raises UsageError unless they tile its data exactly, and all have `num_dims`
+    dimensions (None: any number)."""
     size = os.fstat(fd).st_size
     (length,) = struct.unpack("<Q", read_at(fd, 0, 8, name))
     if length > min(MAX_HEADER_BYTES, size - 8):
@@ -53,19 +58,21 @@ def read_header(fd: int, name: str) -> dict[str, Entry]:
     if not isinstance(header, dict):
         raise UsageError(f"{name}: header is not a JSON object")
     header.pop("__metadata__", None)
-    spans = sorted((*_checked_entry(value, f"{name}: {key[:200]}"), key) for key, value in header.items())
+    spans = sorted((*_checked_entry(value, f"{name}: {key[:200]}", num_dims), key) for key, value in header.items())
     if [begin for begin, *_ in spans] + [size - 8 - length] != [0] + [end for _, end, *_ in spans]:
         raise UsageError(f"{name}: tensors do not tile the data (a gap, an overlap, or an end past the file's)")
-    return {key: Entry(dtype, numel, 8 + length + begin) for begin, _, dtype, numel, key in spans}
+    return {key: Entry(dtype, math.prod(shape), 8 + length + begin, shape) for begin, _, dtype, shape, key in spans}
 
 
-def _checked_entry(value: Any, where: str) -> tuple[int, int, str, int]:
-    """(begin, end, dtype, numel) of one header entry. Raises UsageError."""
+def _checked_entry(value: Any, where: str, num_dims: int | None) -> tuple[int, int, str, tuple[int, ...]]:
+    """(begin, end, dtype, shape) of one header entry. Raises UsageError."""
     try:
-        dtype, (numel,), (begin, end) = TAGS[value["dtype"]], value["shape"], value["data_offsets"]
-        numbers_ok = all(type(number) is int and number >= 0 for number in (numel, begin, end))
+        dtype, shape, (begin, end) = TAGS[value["dtype"]], tuple(value["shape"]), value["data_offsets"]
+        numbers_ok = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
+        numbers_ok &= len(shape) == num_dims if num_dims is not None else len(shape) <= MAX_DIMS
     except (KeyError, TypeError, ValueError):
         numbers_ok = False
-    if not numbers_ok or len(value) != 3 or end - begin != numel * DTYPES[dtype][1]:
-        raise UsageError(f"{where}: not the entry of a one-dimensional tensor")
-    return begin, end, dtype, numel
+    if not numbers_ok or len(value) != 3 or end - begin != math.prod(shape) * DTYPES[dtype][1]:
+        kind = "one-dimensional tensor" if num_dims == 1 else "tensor of a known dtype"
+        raise UsageError(f"{where}: not the entry of a {kind}")
+    return begin, end, dtype, shape

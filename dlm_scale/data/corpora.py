@@ -7,14 +7,13 @@ import math
 import platform
 import sysconfig
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
 
+from dlm_scale.data.documents import Chunk, Document, Source
 from dlm_scale.data.meta import Floor
 from dlm_scale.diffusion.rng import Stream, philox
 from dlm_scale.errors import UsageError
@@ -28,23 +27,6 @@ GRAMMAR_STEPS = (0, 1, 2, 3)
 GRAMMAR_STEP_PROBABILITY = (0.5, 0.25, 0.125, 0.125)
 GRAMMAR_SEED = 1
 GRAMMAR_LENGTH = {"train": 2_000_000, "val": 200_000}
-
-
-class Document(NamedTuple):
-    """A text; `key` decides its split by hash (default: the text itself), unless `split` names it."""
-
-    text: str
-    key: str | None = None
-    split: str | None = None
-
-
-@dataclass(frozen=True)
-class Source:
-    """Documents that can be read again from the start, what to record of them, and their entropy where known."""
-
-    documents: Callable[[], Iterator[Document]]
-    description: dict[str, Any]
-    floor: Floor | None = None
 
 
 def stdlib_source(root: Path | None = None) -> Source:
@@ -62,11 +44,25 @@ def stdlib_source(root: Path | None = None) -> Source:
     names = "\n".join(p.relative_to(root).as_posix() for p in files)
     description = {"name": "stdlib", "python": platform.python_version(), "files": len(files)}
     description["files_xxh3"] = xxhash.xxh3_64_hexdigest(names.encode())
-    return Source(lambda: _parsable(files, root), description)
+    sizes = [path.stat().st_size for path in files]
+
+    def chunks(chunk_bytes: int, cut: str | None) -> Iterator[Chunk]:
+        for numbers in np.split(np.arange(len(files)), _borders(sizes, chunk_bytes)):
+            paths, size = tuple(str(files[i]) for i in numbers), sum(sizes[i] for i in numbers)
+            yield Chunk(parsable, (paths, str(root)), size / sum(sizes))
+
+    return Source(chunks, description, identity=str(root))
 
 
-def _parsable(files: list[Path], root: Path) -> Iterator[Document]:
-    for path in files:
+def _borders(sizes: Sequence[int], chunk_bytes: int) -> np.ndarray:
+    """Where a list of files is split so that each part begins in another stretch of `chunk_bytes`."""
+    starts = np.cumsum([0, *sizes])[:-1]
+    return np.flatnonzero(np.diff(starts // chunk_bytes)) + 1
+
+
+def parsable(paths: tuple[str, ...], root: str) -> Iterator[Document]:
+    """Those files that are UTF-8 and Python."""
+    for path in map(Path, paths):
         try:
             text = path.read_bytes().decode()
             with warnings.catch_warnings():
@@ -85,12 +81,17 @@ def grammar_source() -> Source:
     """
     rate = -sum(p * math.log(p) for p in GRAMMAR_STEP_PROBABILITY)
     description = {"name": "grammar", "seed": GRAMMAR_SEED, "symbols": len(GRAMMAR_SYMBOLS)}
-    return Source(_grammar_documents, description, Floor(math.log(len(GRAMMAR_SYMBOLS)), rate))
+
+    def chunks(chunk_bytes: int, cut: str | None) -> Iterator[Chunk]:
+        for number, (split, length) in enumerate(GRAMMAR_LENGTH.items()):
+            yield Chunk(grammar_stream, (split, length, number), length / sum(GRAMMAR_LENGTH.values()), 1)
+
+    return Source(chunks, description, Floor(math.log(len(GRAMMAR_SYMBOLS)), rate), sorted(GRAMMAR_LENGTH.items()))
 
 
-def _grammar_documents() -> Iterator[Document]:
-    for number, (split, length) in enumerate(GRAMMAR_LENGTH.items()):
-        yield Document(grammar_text(length, GRAMMAR_SEED, number), split=split)
+def grammar_stream(split: str, length: int, number: int) -> Iterator[Document]:
+    """The whole split as one document."""
+    yield Document(grammar_text(length, GRAMMAR_SEED, number), split=split, is_separated=False)
 
 
 def grammar_text(length: int, seed: int, number: int) -> str:

@@ -1,4 +1,5 @@
-"""Reading what others may have written: only regular files (a pipe would block), and JSON of any content."""
+"""Reading what others may have written: only regular files (a pipe would block), and JSON of any content; writing that
+survives a power failure."""
 
 from __future__ import annotations
 
@@ -28,6 +29,21 @@ def read_regular(path: str | Path) -> bytes:
         except MemoryError:
             size = os.fstat(file.fileno()).st_size
             raise UsageError(f"{path}: {size / 1e9:.1f} GB do not fit into memory. Give it in smaller files") from None
+
+
+def sync(file: IO[bytes]) -> None:
+    """What was written is on the disk when this returns."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(path: str | Path) -> None:
+    """So are the names in it."""
+    folder_fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder_fd)
+    finally:
+        os.close(folder_fd)
 
 
 def parse_json(raw: bytes, where: str, what: str, remedy: str = "") -> Any:

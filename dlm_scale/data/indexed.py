@@ -6,13 +6,17 @@ int32 lengths[n], int64 byte pointers[n], int64 document indices[m] (first 0, la
 
 from __future__ import annotations
 
+import mmap
+import os
 import struct
+from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, NoReturn
 
 import numpy as np
 
-from dlm_scale.data.files import open_regular
+from dlm_scale.data.files import open_regular, sync
 from dlm_scale.errors import UsageError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -20,6 +24,8 @@ HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 FLUSH_TOKENS = 1 << 21
+CHECKED_SEQUENCES = 1 << 20  # at a time, so that opening needs little memory
+FLUSH_BYTES, INDEX_BLOCK, MAX_SEQUENCE = 1 << 20, 1 << 20, 1 << 30
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -28,41 +34,83 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 class IndexedWriter:
-    """Appends documents (one sequence each); the .idx, written by `close`, makes the pair complete."""
+    """Appends documents, one sequence each (more of one beyond 2^30 tokens); the .idx, written by `close`, makes the
+    pair complete.
 
-    def __init__(self, prefix: str | Path, dtype: np.dtype):
+    `resume` opens what is there: `skip` passes over ids that an earlier writer has synced, `add` writes the others.
+    """
+
+    def __init__(self, prefix: str | Path, dtype: np.dtype, resume: bool = False):
         self.prefix, self.dtype = str(prefix), np.dtype(dtype)
-        self._bin: IO[bytes] = open(self.prefix + ".bin", "wb")
-        self._pending: list[np.ndarray] = []
-        self._pending_tokens = 0
-        self._lengths: list[int] = []
+        path = self.prefix + ".bin"
+        self._bin: IO[bytes] = open(path, "r+b" if resume and os.path.exists(path) else "wb", buffering=FLUSH_BYTES)
+        self._lengths = array("i")  # 4 bytes a document
+        self._continued: list[int] = []  # sequences that go on with the document of the one before
+        self.num_tokens = self._open_length = 0
 
     def add_document(self, ids: np.ndarray) -> None:
         """ids: [L] of any integer type, L >= 1, that the dtype holds."""
-        if not 0 < len(ids) < 1 << 31:
-            raise UsageError(f"{self.prefix}.bin: a document of {len(ids)} tokens; the format holds 1 to 2^31 - 1")
-        self._lengths.append(len(ids))
-        self._pending.append(np.asarray(ids, dtype=self.dtype))
-        self._pending_tokens += len(ids)
-        if self._pending_tokens >= FLUSH_TOKENS:
-            self._flush()
+        if not len(ids):
+            raise UsageError(f"{self.prefix}.bin: a document of 0 tokens; the format holds 1 or more")
+        self.add(ids, [len(ids)], [True])
+
+    def add(self, ids: np.ndarray, lengths: Sequence[int], is_end: Sequence[bool]) -> None:
+        """The ids of several documents, or of pieces of them, one behind the other; empty documents are left out."""
+        self._bin.write(np.ascontiguousarray(ids, dtype=self.dtype).data)
+        self._count(lengths, is_end)
+
+    def skip(self, lengths: Sequence[int], is_end: Sequence[bool]) -> None:
+        """As `add`, of ids that are in the file already."""
+        self._count(lengths, is_end)
+        self._bin.seek(self.num_tokens * self.dtype.itemsize)
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether a document has begun that has not ended."""
+        return self._open_length > 0
+
+    def lengths(self, start: int) -> list[int]:
+        """Of the documents from number `start` on that have ended."""
+        ends = np.append(np.setdiff1d(np.arange(len(self._lengths)), self._continued), len(self._lengths))
+        sums = np.add.reduceat(np.frombuffer(self._lengths, "<i4"), ends[:-1], dtype=np.int64) if len(ends) > 1 else []
+        return [int(length) for length in sums[start:]]
+
+    def sync(self) -> None:
+        """All ids so far are on the disk when this returns."""
+        sync(self._bin)
 
     def close(self) -> None:
         """Finish both files."""
-        self._flush()
+        self._bin.truncate()
+        self.sync()
         self._bin.close()
-        lengths = np.array(self._lengths, dtype="<i4")
-        ends = np.cumsum(lengths, dtype="<i8") * self.dtype.itemsize
+        lengths, continued = np.frombuffer(self._lengths, dtype="<i4"), np.array(self._continued, dtype="<i8")
         with open(self.prefix + ".idx", "wb") as file:
-            file.write(HEADER.pack(MAGIC, 1, CODES[self.dtype], len(lengths), len(lengths) + 1))
-            file.write(lengths.tobytes())
-            file.write((ends - lengths.astype("<i8") * self.dtype.itemsize).tobytes())
-            file.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
+            num_entries = len(lengths) + 1 - len(continued)
+            file.write(HEADER.pack(MAGIC, 1, CODES[self.dtype], len(lengths), num_entries))
+            file.write(lengths.data)
+            at = 0
+            for start in range(0, len(lengths), INDEX_BLOCK):
+                sizes = lengths[start : start + INDEX_BLOCK].astype("<i8") * self.dtype.itemsize
+                ends = at + np.cumsum(sizes)
+                file.write((ends - sizes).data)
+                at = ends[-1]
+            for start in range(0, len(lengths) + 1, INDEX_BLOCK):
+                numbers = np.arange(start, min(start + INDEX_BLOCK, len(lengths) + 1), dtype="<i8")
+                file.write(numbers[~np.isin(numbers, continued)].data)
+            sync(file)
 
-    def _flush(self) -> None:
-        if self._pending:
-            np.concatenate(self._pending).tofile(self._bin)
-        self._pending, self._pending_tokens = [], 0
+    def _count(self, lengths: Sequence[int], is_end: Sequence[bool]) -> None:
+        for length, ends in zip(lengths, is_end, strict=True):
+            self.num_tokens += int(length)
+            self._open_length += int(length)
+            while self._open_length > MAX_SEQUENCE:
+                self._lengths.append(MAX_SEQUENCE)
+                self._continued.append(len(self._lengths))
+                self._open_length -= MAX_SEQUENCE
+            if ends and self._open_length:
+                self._lengths.append(self._open_length)
+                self._open_length = 0
 
 
 class IndexedDataset:
@@ -82,6 +130,7 @@ class IndexedDataset:
         self.lengths = body[: 4 * num_sequences].view("<i4")
         pointers = body[4 * num_sequences : 12 * num_sequences].view("<i8")
         self.document_indices = body[12 * num_sequences :].view("<i8")
+        self._pointers = pointers
         self._check_index(pointers)
         data = _map(self.bin_path)
         expected = int(pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize
@@ -96,15 +145,37 @@ class IndexedDataset:
 
     def document(self, i: int) -> np.ndarray:
         """Ids of document i, [L]."""
-        start, stop = (int(self.lengths[: self.document_indices[j]].sum(dtype=np.int64)) for j in (i, i + 1))
+        start, stop = self.bounds(i, i + 1).tolist()
         return self.tokens[start:stop]
 
+    def bounds(self, start: int, stop: int) -> np.ndarray:
+        """Where documents start ... stop - 1 begin in `tokens`, and where the last of them ends; int64."""
+        sequence = self.document_indices[start : stop + 1]
+        ends = np.append(self._pointers[sequence[:-1]] // self.dtype.itemsize, len(self.tokens))
+        if sequence[-1] < len(self.lengths):
+            ends[-1] = self._pointers[sequence[-1]] // self.dtype.itemsize
+        return ends
+
+    def release(self) -> None:
+        """What has been read need not stay resident; it is mapped again where it is read again."""
+        for array in (self.tokens, self.index):
+            _mapping(array).madvise(mmap.MADV_DONTNEED)
+
+    def expect_random_reads(self, is_random: bool = True) -> None:
+        """Whether tokens are read here and there: then what the system reads ahead of them costs much for nothing."""
+        _mapping(self.tokens).madvise(mmap.MADV_RANDOM if is_random else mmap.MADV_NORMAL)
+
     def _check_index(self, pointers: np.ndarray) -> None:
-        if self.lengths.min() <= 0:
-            _refuse(self.idx_path, f"sequence {int(self.lengths.argmin())} has length {self.lengths.min()}")
-        steps = self.lengths[:-1].astype(np.int64) * self.dtype.itemsize
-        if pointers[0] != 0 or not np.array_equal(pointers[1:], np.cumsum(steps)):
-            _refuse(self.idx_path, "byte pointers do not follow from the sequence lengths (or from the dtype code)")
+        if pointers[0] != 0:
+            _refuse(self.idx_path, f"byte pointers begin at {pointers[0]}, not at 0")
+        for start in range(0, len(self.lengths), CHECKED_SEQUENCES):
+            lengths = self.lengths[start : start + CHECKED_SEQUENCES]
+            if lengths.min() <= 0:
+                _refuse(self.idx_path, f"sequence {start + int(lengths.argmin())} has length {lengths.min()}")
+            following = pointers[start + 1 : start + 1 + CHECKED_SEQUENCES]
+            ends = pointers[start] + np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
+            if not np.array_equal(following, ends[: len(following)]):
+                _refuse(self.idx_path, "byte pointers do not follow from the sequence lengths (or from the dtype code)")
         documents = self.document_indices
         if documents[0] != 0 or documents[-1] != len(self.lengths) or (documents[1:] < documents[:-1]).any():
             _refuse(self.idx_path, f"document indices do not rise from 0 to {len(self.lengths)} sequences")
@@ -133,12 +204,19 @@ def _read_header(index: np.ndarray, path: str) -> tuple[np.dtype, int]:
 def _map(path: str) -> np.ndarray:
     try:
         with open_regular(path) as file:
-            # np.asarray: slicing an np.memmap costs half of the reading time
-            return np.asarray(np.memmap(file, dtype=np.uint8, mode="r"))
+            # not an np.memmap: slicing one costs half of the reading time
+            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror or error}. Is the prefix right (the path without .bin)?") from error
     except ValueError:
         _refuse(path, "it is empty")
+
+
+def _mapping(array: np.ndarray) -> mmap.mmap:
+    """The mapping that a view of `_map`'s array lies in."""
+    while isinstance(array, np.ndarray):
+        array = array.base
+    return array.obj if isinstance(array, memoryview) else array
 
 
 def _refuse(path: str, cause: str) -> NoReturn:

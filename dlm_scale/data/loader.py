@@ -1,80 +1,78 @@
 """Rows of token ids for training and validation, as pure functions of the sample index.
 
-B rows of the batch, L positions of a row, W windows of a file. Window w holds the tokens w*L to (w+1)*L - 1 of the
-file, cut across documents; the tail that fills no window is left out.
+B rows of the batch, L positions of a row.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
 
+from dlm_scale.data.chat import PROMPTS_SUFFIX
+from dlm_scale.data.files import read_regular
 from dlm_scale.data.indexed import IndexedDataset
 from dlm_scale.data.meta import DatasetMeta, TokenizerFiles, TokenizerMeta, load_meta
-from dlm_scale.data.mixture import mix
-from dlm_scale.data.order import locate
+from dlm_scale.data.mixture import Mixture, mix
+from dlm_scale.data.order import row_of
+from dlm_scale.data.packing import VERSION as packing_version
+from dlm_scale.data.packing import one_a_row, open_plan
+from dlm_scale.data.rows import PackedDocuments, Windows, assemble, merge, pad_id_of, refuse_id, windows_of
+from dlm_scale.data.sharded import ShardedRows
+from dlm_scale.data.stream import ShardStream
 from dlm_scale.data.tokenizer import load_tokenizer
 from dlm_scale.data.vocabulary import Vocabulary
 from dlm_scale.diffusion.rng import Stream, philox
+from dlm_scale.diffusion.segments import Rows
 from dlm_scale.errors import UsageError
 
-SCANNED_TOKENS = 1 << 25  # at open: 20 ms of reading
+SCANNED_TOKENS, STRETCHES, STRETCH_TOKENS = 1 << 25, 64, 1 << 16  # at open: 20 ms of reading
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """`rows(sample_B)` gives int64 [B, L] for global sample indices, the same on every rank and in every batch.
+    """`rows(sample_B)` gives int64 [B, L], or where documents are packed `Rows`, for global sample indices, the same on
+    every rank and in every batch.
 
-    `num_windows` is one epoch (summed over the members of a mixture); `fingerprint` identifies the tokens, wherever
-    their files lie; `tokenizer_meta` is what a checkpoint keeps; `folder` holds the tokenizer (None: synthetic).
+    `num_rows` is one epoch (summed over the members of a mixture; None: not known yet); `fingerprint` identifies the
+    tokens and what rows they make, wherever their files lie; `tokenizer_meta` is what a checkpoint keeps; `folder`
+    holds the tokenizer (None: synthetic). Where `is_growing`, `rows` may wait for long, until `close` is called.
     """
 
     tokenizer_meta: TokenizerMeta
     folder: Path | None
     fingerprint: str
-    num_windows: int
-    rows: Callable[[np.ndarray], np.ndarray]
+    num_rows: int | None
+    rows: Callable[[np.ndarray], np.ndarray | Rows]
+    is_growing: bool = False
+    close: Callable[[], None] = lambda: None
 
     @property
     def vocabulary(self) -> Vocabulary:
         return self.tokenizer_meta.vocabulary
 
 
-@dataclass(frozen=True)
-class Windows:
-    """The windows of one split: a [W, L] view of its file, and what its ids must be."""
-
-    bin_path: str
-    ids_WL: np.ndarray
-    vocabulary: Vocabulary
-
-    def rows(self, window_B: np.ndarray) -> np.ndarray:
-        """int64 [B, L]. Raises UsageError on an id that clean text cannot hold: file, token offset, id."""
-        ids_BL = self.ids_WL[window_B]
-        bad = self.vocabulary.first_invalid(ids_BL)
-        if bad is not None:
-            row, column = divmod(bad, ids_BL.shape[1])
-            offset = int(window_B[row]) * ids_BL.shape[1] + column
-            refuse_id(self.bin_path, offset, int(ids_BL[row, column]), self.vocabulary)
-        return ids_BL.astype(np.int64)
-
-
-def open_data(source: str | Sequence[Any], seq_len: int, seed: int) -> TrainingData:
+def open_data(
+    source: str | Sequence[Any], seq_len: int, seed: int, packing: str = "none", order: str = "shuffled"
+) -> TrainingData:
     """Training data of `data.train`: a prefix, `synthetic:VOCAB_SIZE`, or a list of (path, weight). UsageError.
 
-    The members of a list are objects with these attributes, or mappings with these keys.
+    The members of a list are objects with these attributes, or mappings with these keys. `packing` is a key of PACKING,
+    `order` of ORDERS.
     """
     if isinstance(source, str):
         kind, _, size = source.partition(":")
-        return _synthetic(size, seq_len, seed) if kind == "synthetic" else _indexed([source], [1.0], seq_len, seed)
+        if kind == "synthetic":
+            return _synthetic(size, seq_len, seed)
+        source = [{"path": source, "weight": 1.0}]
     members = [m if isinstance(m, Mapping) else vars(m) for m in source]
-    return _indexed([m["path"] for m in members], [m["weight"] for m in members], seq_len, seed)
+    return ORDERS[order]([m["path"] for m in members], mix([m["weight"] for m in members]), seq_len, seed, packing)
 
 
 def open_split(prefix: str | Path) -> tuple[DatasetMeta, str, IndexedDataset]:
@@ -93,20 +91,27 @@ def open_split(prefix: str | Path) -> tuple[DatasetMeta, str, IndexedDataset]:
                 f"{data.prefix}: {key} is {value} in the files and {getattr(split, key)} in meta.json: they are not of"
                 " one dataset. Copy it again, or prepare it again"
             )
+    data.expect_random_reads(_is_large(data))
     for start, stop in _scanned_at_open(len(data.tokens)):
         check_ids(data, start, stop, meta.vocabulary)
+        data.release()
+    data.expect_random_reads(False)
     return meta, name, data
 
 
+def _is_large(data: IndexedDataset) -> bool:
+    """Smaller ones are read as a whole when they are opened."""
+    return len(data.tokens) > SCANNED_TOKENS
+
+
 def _scanned_at_open(num_tokens: int) -> Iterator[tuple[int, int]]:
-    """Every token of a small file; of a large one 64 evenly spaced stretches (`dlm data verify` reads all of it)."""
-    stretch = SCANNED_TOKENS // 64
+    """Every token of a small file; of a large one evenly spaced stretches (`dlm data verify` reads all of it)."""
     if num_tokens <= SCANNED_TOKENS:
-        yield 0, num_tokens
+        starts = list(range(0, num_tokens, STRETCH_TOKENS))
     else:
-        for i in range(64):
-            start = i * (num_tokens - stretch) // 63
-            yield start, start + stretch
+        starts = [i * (num_tokens - STRETCH_TOKENS) // (STRETCHES - 1) for i in range(STRETCHES)]
+    for start in starts:
+        yield start, min(start + STRETCH_TOKENS, num_tokens)
 
 
 def check_ids(data: IndexedDataset, start: int, stop: int, vocabulary: Vocabulary) -> None:
@@ -125,13 +130,8 @@ def require_same_tokenizer(first: TokenizerMeta, second: TokenizerMeta, first_na
         )
 
 
-def refuse_id(path: str, offset: int, token: int, vocabulary: Vocabulary) -> None:
-    what = "the mask" if token == vocabulary.mask_id else f"not a token of text (vocab_size {vocabulary.size})"
-    raise UsageError(f"{path}: token {offset} is id {token}, {what}. The file is damaged: copy or prepare it again")
-
-
 class ValidationData:
-    """Rows of a split in file order, at most `max_rows` (0: all), then evenly spread over the file.
+    """Windows of a split in file order, or its answers, one a row; at most `max_rows` (0: all), then evenly spread.
 
     `bytes_per_token` turns nats per token into bits per byte; `floor` is the exact H_L / L, None where unknown.
     """
@@ -139,9 +139,10 @@ class ValidationData:
     def __init__(self, prefix: str | Path, seq_len: int, max_rows: int = 0):
         self.prefix = str(prefix)
         self.meta, name, data = open_split(prefix)
-        self._windows = _windows(data, self.meta, seq_len)
+        self._rows = (_answers(data, self.meta, seq_len, "none") if self.meta.is_chat
+                      else _windows(data, self.meta, seq_len))  # fmt: skip
         self._split = self.meta.splits[name]
-        num_windows = len(self._windows.ids_WL)
+        num_windows = self._rows.num_rows
         self.num_rows = min(max_rows, num_windows) if max_rows > 0 else num_windows
         self._window_of_row = np.arange(self.num_rows) * num_windows // self.num_rows
         self._tokens = data.tokens
@@ -155,9 +156,9 @@ class ValidationData:
     def bytes_per_token(self) -> float:
         return self._split.bytes / self._split.tokens
 
-    def rows(self, row_B: np.ndarray) -> np.ndarray:
-        """int64 [B, L] of the rows 0 ... num_rows - 1."""
-        return self._windows.rows(self._window_of_row[row_B])
+    def rows(self, row_B: np.ndarray) -> np.ndarray | Rows:
+        """int64 [B, L] of the rows 0 ... num_rows - 1; of conversations `Rows`, in which the past is not maskable."""
+        return assemble(self._rows.take(self._window_of_row[row_B]))
 
     def text(self) -> str:
         """The whole split as text, without the separators between documents."""
@@ -166,34 +167,116 @@ class ValidationData:
 
 
 def _windows(data: IndexedDataset, meta: DatasetMeta, seq_len: int) -> Windows:
-    num_windows = len(data.tokens) // seq_len
-    if not num_windows:
+    if len(data.tokens) < seq_len:
         raise UsageError(
             f"{data.bin_path}: {len(data.tokens)} tokens are fewer than one window of model.seq_len={seq_len}."
             " Prepare more text, or lower seq_len"
         )
-    ids_WL = data.tokens[: num_windows * seq_len].reshape(num_windows, seq_len)
-    return Windows(data.bin_path, ids_WL, meta.vocabulary)
+    return windows_of(data.bin_path, data.tokens, seq_len, meta.vocabulary)
 
 
-def _indexed(prefixes: list[str], weights: list[float], seq_len: int, seed: int) -> TrainingData:
+def _answers(data: IndexedDataset, meta: DatasetMeta, seq_len: int, packing: str) -> PackedDocuments:
+    """Answers with their past, one a row or packed; the past is never masked. Raises UsageError where one is longer."""
+    past_D, bounds_D1 = read_past(data, meta), data.bounds(0, data.num_documents)
+    longest = int(np.diff(bounds_D1).max())
+    if longest > seq_len:
+        raise UsageError(f"{data.prefix}: the longest answer has {longest} tokens with its past, and model.seq_len is "
+                         f"{seq_len}. Prepare with --max_length {seq_len}, or raise seq_len")  # fmt: skip
+    packed = _packed(data, meta, seq_len) if packing != "none" else PackedDocuments(
+        data.bin_path, data.tokens, one_a_row(data.bounds, data.num_documents, seq_len), meta.vocabulary,
+        pad_id_of(meta.eos_id, meta.vocabulary),
+    )  # fmt: skip
+    return replace(packed, past=(bounds_D1[:-1], past_D))
+
+
+def read_past(data: IndexedDataset, meta: DatasetMeta) -> np.ndarray:
+    """int32 [D]: how many tokens of each document are the past of its answer. Raises UsageError."""
+    path = Path(f"{data.prefix}{PROMPTS_SUFFIX}")
+    hashes = meta.source.get("prompts_xxh3")
+    try:
+        raw = read_regular(path)
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}. Copy the dataset again, or prepare it again") from error
+    if not isinstance(hashes, dict) or hashes.get(Path(data.prefix).name) != xxhash.xxh3_64_hexdigest(raw):
+        raise UsageError(f"{path} is not the one that meta.json names. Copy the dataset again, or prepare it again")
+    past_D = np.frombuffer(raw, dtype="<i4")
+    length_D = np.diff(data.bounds(0, data.num_documents))
+    if past_D.shape != length_D.shape or past_D.min() < 0 or not (past_D < length_D).all():
+        raise UsageError(f"{path} does not fit the documents of {data.prefix}. Prepare the dataset again")
+    return past_D
+
+
+def _packed(data: IndexedDataset, meta: DatasetMeta, seq_len: int) -> PackedDocuments:
+    plan = open_plan(data.prefix, data.bounds, data.num_documents, xxhash.xxh3_64_hexdigest(data.index), seq_len)
+    data.release()
+    return PackedDocuments(data.bin_path, data.tokens, plan, meta.vocabulary, pad_id_of(meta.eos_id, meta.vocabulary))
+
+
+PACKING = {"none": _windows, "best_fit": _packed}
+
+
+def _shuffled(prefixes: list[str], schedule: Mixture, seq_len: int, seed: int, packing: str) -> TrainingData:
+    """Each member is passed in its own keyed order over all of its rows."""
     opened = [open_split(prefix) for prefix in prefixes]
-    for prefix, (meta, _, _) in zip(prefixes, opened, strict=True):
-        require_same_tokenizer(opened[0][0], meta, prefixes[0], prefix)
-    members = [_windows(data, meta, seq_len) for meta, _, data in opened]
-    sizes, schedule = [len(m.ids_WL) for m in members], mix(weights)
+    _require_one_tokenizer(prefixes, [meta for meta, _, _ in opened])
+    members = [
+        _answers(data, meta, seq_len, packing) if meta.is_chat else PACKING[packing](data, meta, seq_len)
+        for meta, _, data in opened
+    ]
+    if len({meta.is_chat for meta, _, _ in opened}) > 1 and packing == "none":
+        raise UsageError("data.train mixes conversations with text: their rows are alike only with data.packing=best_fit")
+    for _, _, data in opened:
+        data.expect_random_reads(_is_large(data))
 
-    def rows(sample_B: np.ndarray) -> np.ndarray:
+    def take(k: int, own_B: np.ndarray) -> tuple[np.ndarray, ...]:
+        return members[k].take(row_of(own_B, members[k].num_rows, seed, k))
+
+    content = {"members": [meta.content(name) for meta, name, _ in opened]} | _identity(packing, schedule)
+    rows, num_rows = _rows(schedule, [partial(take, k) for k in range(len(members))]), sum(m.num_rows for m in members)
+    return TrainingData(opened[0][0], Path(prefixes[0]).parent, _hash(content), num_rows, rows)
+
+
+def _sharded(prefixes: list[str], schedule: Mixture, seq_len: int, seed: int, packing: str) -> TrainingData:
+    """Each member is passed shard by shard, in a keyed order over the rows of each; the last may not be there yet."""
+    members = [ShardedRows(ShardStream(prefix), seq_len, seed, k, packing) for k, prefix in enumerate(prefixes)]
+    lists = [member.stream.list for member in members]
+    _require_one_tokenizer(prefixes, [found.tokenizer for found in lists])
+    declared = [{"content": found.content, **found.tokenizer.tokenizer_dict()} for found in lists]
+    content = {"order": "sharded", "members": declared} | _identity(packing, schedule)
+
+    def close() -> None:
+        for member in members:
+            member.stream.close()
+
+    rows, folder = _rows(schedule, [member.take for member in members]), Path(prefixes[0]).parent
+    return TrainingData(lists[0].tokenizer, folder, _hash(content), None, rows, is_growing=True, close=close)
+
+
+ORDERS = {"shuffled": _shuffled, "sharded": _sharded}
+
+
+def _require_one_tokenizer(prefixes: list[str], metas: list[TokenizerMeta]) -> None:
+    for prefix, meta in zip(prefixes, metas, strict=True):
+        require_same_tokenizer(metas[0], meta, prefixes[0], prefix)
+
+
+def _identity(packing: str, schedule: Mixture) -> dict[str, Any]:
+    """What beside the tokens decides which rows there are."""
+    packed = {} if packing == "none" else {"packing": [packing, packing_version]}
+    return packed | {"weights": schedule.quota_K.tolist()}
+
+
+def _rows(schedule: Mixture, takes: list[Callable]) -> Callable[[np.ndarray], np.ndarray | Rows]:
+    """`takes[k](own_B)` gives rows of member k by their number among its own samples."""
+
+    def rows(sample_B: np.ndarray) -> np.ndarray | Rows:
+        if len(takes) == 1:
+            return assemble(takes[0](sample_B))
         member_B, own_B = schedule.locate(sample_B)
-        out_BL = np.empty((len(member_B), seq_len), dtype=np.int64)
-        for k in np.unique(member_B):
-            at = member_B == k
-            out_BL[at] = members[k].rows(locate(own_B[at], sizes[k], seed, int(k))[1])
-        return out_BL
+        places = ((k, np.flatnonzero(member_B == k)) for k in range(len(takes)))
+        return assemble(merge([(at, takes[k](own_B[at])) for k, at in places if at.size]))
 
-    content = [meta.content(name) for meta, name, _ in opened]
-    fingerprint = _hash({"members": content, "weights": schedule.quota_K.tolist()})
-    return TrainingData(opened[0][0], Path(prefixes[0]).parent, fingerprint, sum(sizes), rows)
+    return rows
 
 
 def _synthetic(size: str, seq_len: int, seed: int) -> TrainingData:

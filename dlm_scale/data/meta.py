@@ -85,9 +85,15 @@ class DatasetMeta(TokenizerMeta):
     source: dict[str, Any]
     floor: Floor | None
 
+    @property
+    def is_chat(self) -> bool:
+        """Whether each document is an answer with its past."""
+        return bool(self.source.get("chat"))
+
     def content(self, split: str) -> dict[str, Any]:
         """What identifies the tokens of a split, wherever it lies: the base of a run's data fingerprint."""
-        return {**self.tokenizer_dict(), "split": asdict(self.splits[split])}
+        past = {"prompts": self.source.get("prompts_xxh3")} if self.is_chat else {}
+        return {**self.tokenizer_dict(), "split": asdict(self.splits[split])} | past
 
 
 def load_meta(prefix: str | Path) -> tuple[DatasetMeta, str]:

@@ -6,12 +6,15 @@ Every kind takes text as text: names of special tokens inside a document are enc
 from __future__ import annotations
 
 import base64
+import binascii
 import difflib
 import hashlib
+import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +29,29 @@ from dlm_scale.errors import UsageError
 GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 GPT2_RANKS = 50256
 GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+# The same without look-ahead, for which its engine takes twice as long, once a mark stands before the last of several
+# white spaces that something follows: `\s+(?!\S)` leaves that one to the next alternative.
+MARK = "\x01"
+MARKED_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}\x01]+|\s+|\x01"""
+WIDE_SPACES = "\x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
 GPT2_FILE, CHAR_FILE, HF_FILE = "gpt2.tiktoken", "characters.json", "tokenizer.json"
+SPECIAL_FILE = "special_tokens.json"
+# Unicode's White_Space, which is what \s means in GPT2_PATTERN, in UTF-8
+SPACES_OF_SEVERAL_BYTES = (
+    rb"\xc2[\x85\xa0]",
+    rb"\xe1\x9a\x80",
+    rb"\xe2\x80[\x80-\x8a\xa8\xa9\xaf]",
+    rb"\xe2\x81\x9f",
+    rb"\xe3\x80\x80",
+)
+# Each alternative of GPT2_PATTERN ends where white space follows something else, and none looks back: cut there, the
+# parts of a text have the ids of the whole.
+WORD_END = rb"[!-~\x80-\xbf]" + b"".join(b"(?<!%s)" % s for s in SPACES_OF_SEVERAL_BYTES) + rb"(?=[\t-\r ])"
+# for UTF-8, four bytes or more after the start of a stretch; the end of the match is the place
+CUTS = {"character": re.compile(rb"(?=[^\x80-\xbf])"), "word": re.compile(WORD_END)}
 MASK_TOKENS = ("<|mdm_mask|>", "<|mask|>", "[MASK]", "<mask>", "<MASK>")
 MAX_UNUSED_IDS = 1 << 16
+SPECIAL_NAME, MAX_SPECIAL = re.compile(r"<[^\s<>]{1,62}>|\[[^\s\[\]]{1,62}\]"), 256
 EOS_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "[SEP]")
 
 
@@ -36,15 +59,23 @@ EOS_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "[SE
 class Tokenizer:
     """`encode(text)` gives int64 ids [L]; `decode(ids, mask_char="_")` gives text, the mask shown as `mask_char`.
 
-    `files` maps file name to content. `eos_id` separates documents, None where the kind has no separator.
+    `files` maps file name to content. `eos_id` separates documents, None where the kind has no separator. `cut` names
+    the places (a key of CUTS) where a text may be cut so that the ids of its parts are those of the whole, None where
+    none are known. `encode_compact` gives ids of whatever integer type is at hand. `special_ids` (name -> id) are
+    tokens that no text is encoded to: a chat template writes them.
     """
 
     kind: str
     vocabulary: Vocabulary
     eos_id: int | None
     files: Mapping[str, bytes]
-    encode: Callable[[str], np.ndarray]
+    encode_compact: Callable[[str], np.ndarray]
     _decode: Callable[[np.ndarray, str], str]
+    cut: str | None = None
+    special_ids: Mapping[str, int] = field(default_factory=dict)
+
+    def encode(self, text: str) -> np.ndarray:
+        return self.encode_compact(text).astype(np.int64)
 
     def decode(self, ids: Any, mask_char: str = "_") -> str:
         return self._decode(np.asarray(ids, dtype=np.int64).reshape(-1), mask_char)
@@ -66,12 +97,21 @@ class Tokenizer:
         return sorted(self.files)
 
 
-def make_tokenizer(spec: str, texts: Iterable[str] = ()) -> Tokenizer:
+def make_tokenizer(spec: str, texts: Iterable[str] = (), special_tokens: Sequence[str] = ()) -> Tokenizer:
     """The tokenizer that `--tokenizer` names; `char` takes its vocabulary from `texts` (read only then).
 
     spec: `byte`, `char`, `gpt2`, a GPT-2 `.tiktoken` ranks file, a Hugging Face `tokenizer.json` (or its folder).
+    special_tokens: names to add behind the tokens of text; those that a tokenizer.json has keep their ids.
     Raises UsageError for anything else.
     """
+    made = _make(spec, texts)
+    if not special_tokens:
+        return made
+    special = json.dumps(_checked_names(special_tokens)).encode()
+    return KINDS[made.kind][0]({**made.files, SPECIAL_FILE: special})
+
+
+def _make(spec: str, texts: Iterable[str]) -> Tokenizer:
     path = Path(spec).expanduser()
     if spec == "byte":
         return _byte({})
@@ -105,6 +145,7 @@ def load_tokenizer(folder: str | Path, meta: Mapping[str, Any] | TokenizerMeta) 
         cause = "it was trained on synthetic tokens" if named.kind == "none" else f"kind {named.kind!r} is unknown"
         raise UsageError(f"{folder}: there is no tokenizer here that could read or write text: {cause}")
     build, names = KINDS[named.kind]
+    names = tuple(sorted((*names, SPECIAL_FILE))) if SPECIAL_FILE in named.files else names
     files = {name: _read(Path(folder) / name) for name in names}
     if named.files == names and _hash(named.kind, files) == named.hash:
         made = build(files)
@@ -128,26 +169,53 @@ def _read(path: Path) -> bytes:
         raise UsageError(f"tokenizer file {path}: {error.strerror}") from error
 
 
-def _by_runs(decode: Callable[[np.ndarray], str], mask_id: int) -> Callable[[np.ndarray, str], str]:
-    """A decoder for ids with masks, from one for ids without: each run between masks is decoded alone."""
+def _special_names(files: Mapping[str, bytes]) -> list[str]:
+    if SPECIAL_FILE not in files:
+        return []
+    names = parse_json(files[SPECIAL_FILE], SPECIAL_FILE, "is not JSON")
+    return _checked_names(parse(tuple[str, ...], names, SPECIAL_FILE))
+
+
+def _checked_names(names: Iterable[str]) -> list[str]:
+    names = list(names)
+    odd = [name for name in names if not SPECIAL_NAME.fullmatch(name)]
+    if odd or len(set(names)) < len(names) or len(names) > MAX_SPECIAL:
+        cause = f"{odd[0]!r} is none" if odd else "one stands twice" if len(names) <= MAX_SPECIAL else "too many"
+        raise UsageError(f"special tokens {names[:8]}: names in <...> or [...] without spaces, each once; {cause}")
+    return names
+
+
+def _finished(
+    kind: str, num_text_ids: int, eos_id: int | None, files: Mapping[str, bytes], encode: Callable[[str], np.ndarray],
+    decode: Callable[[np.ndarray], str], cut: str,
+) -> Tokenizer:  # fmt: skip
+    """A tokenizer whose ids are those of text, 0 ... num_text_ids - 1, then its special tokens, then the mask.
+
+    `decode` takes ids of text alone; each run of them is decoded by itself.
+    """
+    special = {name: num_text_ids + number for number, name in enumerate(_special_names(files))}
+    names = list(special)
+    mask_id = num_text_ids + len(names)
 
     def decode_all(ids: np.ndarray, mask_char: str) -> str:
-        runs = np.split(ids, np.flatnonzero(ids == mask_id))
-        return mask_char.join(decode(run[run != mask_id]) for run in runs)
+        places = np.flatnonzero(ids >= num_text_ids)
+        runs = [run[run < num_text_ids] for run in np.split(ids, places)]
+        shown = [mask_char if ids[place] == mask_id else names[ids[place] - num_text_ids] for place in places]
+        return "".join(itertools.chain(*itertools.zip_longest(map(decode, runs), shown, fillvalue="")))
 
-    return decode_all
+    return Tokenizer(kind, Vocabulary(mask_id + 1, mask_id), eos_id, files, encode, decode_all, cut, special)
 
 
 def _byte(files: Mapping[str, bytes]) -> Tokenizer:
     """256 bytes of UTF-8, then the mask; byte 0, which text does not hold, separates documents."""
 
     def encode(text: str) -> np.ndarray:
-        return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64)
+        return np.frombuffer(text.encode(), dtype=np.uint8)
 
     def decode(ids: np.ndarray) -> str:
         return ids.astype(np.uint8).tobytes().decode(errors="replace")
 
-    return Tokenizer("byte", Vocabulary(257, 256), 0, files, encode, _by_runs(decode, 256))
+    return _finished("byte", 256, 0, files, encode, decode, "character")
 
 
 def _char(files: Mapping[str, bytes]) -> Tokenizer:
@@ -166,13 +234,12 @@ def _char(files: Mapping[str, bytes]) -> Tokenizer:
         if unknown.size:
             named = repr(text[unknown[0]])
             raise UsageError(f"character {named} is not among the {len(characters)} of this char tokenizer")
-        return ids.astype(np.int64)
+        return ids
 
     def decode(ids: np.ndarray) -> str:
         return "".join(characters[i] for i in ids)
 
-    mask_id = len(characters)
-    return Tokenizer("char", Vocabulary(mask_id + 1, mask_id), None, files, encode, _by_runs(decode, mask_id))
+    return _finished("char", len(characters), None, files, encode, decode, "character")
 
 
 def _gpt2(files: Mapping[str, bytes]) -> Tokenizer:
@@ -185,17 +252,28 @@ def _gpt2(files: Mapping[str, bytes]) -> Tokenizer:
         )
     tiktoken = import_optional("tiktoken", "the gpt2 tokenizer")
     pairs = (line.split() for line in files[GPT2_FILE].splitlines())
-    ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
-    bpe = tiktoken.Encoding(
-        "gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": GPT2_RANKS}
+    ranks = {binascii.a2b_base64(token): int(rank) for token, rank in pairs}
+    bpe, of_marked = (
+        tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": GPT2_RANKS})
+        for pattern in (GPT2_PATTERN, MARKED_PATTERN)
     )
 
     def encode(text: str) -> np.ndarray:
-        return bpe.encode_to_numpy(text, disallowed_special=()).astype(np.int64)
+        if MARK in text or not text.isascii() and any(space in text for space in WIDE_SPACES):
+            return bpe.encode_to_numpy(text, disallowed_special=())
+        ids = of_marked.encode_to_numpy(_marked(text), disallowed_special=())  # uint32, no Python list on the way
+        return ids[ids != ranks[MARK.encode()]]
 
-    mask_id = GPT2_RANKS + 1
-    decode = _by_runs(lambda ids: bpe.decode(ids.tolist()), mask_id)
-    return Tokenizer("gpt2", Vocabulary(mask_id + 1, mask_id), GPT2_RANKS, files, encode, decode)
+    eos_id = GPT2_RANKS
+    return _finished("gpt2", eos_id + 1, eos_id, files, encode, lambda ids: bpe.decode(ids.tolist()), "word")
+
+
+def _marked(text: str) -> str:
+    """A MARK before the last of several white spaces that something follows; all of them are of ASCII."""
+    raw = np.frombuffer(text.encode(), dtype=np.uint8)
+    is_space = (raw - np.uint8(9) < 5) | (raw == 32)
+    at = np.flatnonzero(is_space[:-2] & is_space[1:-1] & ~is_space[2:]) + 1
+    return np.insert(raw, at, ord(MARK)).tobytes().decode() if len(at) else text
 
 
 def _gpt2_ranks() -> bytes:
@@ -214,14 +292,8 @@ def _gpt2_ranks() -> bytes:
 
 def _hf(files: Mapping[str, bytes]) -> Tokenizer:
     """A Hugging Face tokenizer.json; a mask or separator that it lacks is added behind its last id."""
-    tokenizers = import_optional("tokenizers", HF_FILE)
-    with _said_by_library():
-        bpe = tokenizers.Tokenizer.from_str(files[HF_FILE].decode())
-    bpe.no_truncation()
-    bpe.no_padding()
+    bpe, chat, eos_id, mask_id = complete_hf(files)
     bpe.encode_special_tokens = True
-    with _said_by_library():
-        eos_id, mask_id = (_special_id(bpe, tokenizers, names) for names in (EOS_TOKENS, MASK_TOKENS))
     ids = set(bpe.get_vocab().values())
     if len(ids) != len(bpe.get_vocab()):
         raise UsageError(f"{HF_FILE}: two of its tokens share an id; it has no room for a mask or separator token")
@@ -239,7 +311,20 @@ def _hf(files: Mapping[str, bytes]) -> Tokenizer:
         with _said_by_library():
             return np.array(bpe.encode(text, add_special_tokens=False).ids, dtype=np.int64)
 
-    return Tokenizer("hf", Vocabulary(size, mask_id, gaps), eos_id, files, encode, decode)
+    return Tokenizer("hf", Vocabulary(size, mask_id, gaps), eos_id, files, encode, decode, special_ids=chat)
+
+
+def complete_hf(files: Mapping[str, bytes]) -> tuple[Any, dict[str, int], int, int]:
+    """The library's tokenizer with all that was added to it; its special tokens, separator and mask."""
+    tokenizers = import_optional("tokenizers", HF_FILE)
+    with _said_by_library():
+        bpe = tokenizers.Tokenizer.from_str(files[HF_FILE].decode())
+    bpe.no_truncation()
+    bpe.no_padding()
+    with _said_by_library():
+        chat = {name: _special_id(bpe, tokenizers, (name,)) for name in _special_names(files)}
+        eos_id, mask_id = (_special_id(bpe, tokenizers, names) for names in (EOS_TOKENS, MASK_TOKENS))
+    return bpe, chat, eos_id, mask_id
 
 
 @contextmanager

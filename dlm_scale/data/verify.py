@@ -7,32 +7,56 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
-from dlm_scale.data.indexed import FLUSH_TOKENS
-from dlm_scale.data.loader import check_ids, open_split
-from dlm_scale.data.meta import BLOCK_BYTES
-from dlm_scale.data.prepare import block_hashes
+from dlm_scale.data.indexed import IndexedDataset
+from dlm_scale.data.loader import check_ids, open_split, read_past
+from dlm_scale.data.meta import BLOCK_BYTES, DatasetMeta
 from dlm_scale.data.tokenizer import load_tokenizer
+from dlm_scale.data.vocabulary import Vocabulary
 from dlm_scale.errors import UsageError
+
+READ_BYTES = 1 << 20
 
 
 def verify(prefix: str) -> str:
     """Check files, hashes, every id and the tokenizer; returns one line. Raises UsageError at the first fault."""
     meta, name, data = open_split(prefix)
     split = meta.splits[name]
-    for i, (found, expected) in enumerate(zip(block_hashes(data.bin_path), split.bin_xxh3, strict=True)):
-        if found != expected:
-            where = f"bytes {i * BLOCK_BYTES} to {min((i + 1) * BLOCK_BYTES, split.bin_bytes) - 1}"
-            raise UsageError(f"{data.bin_path}: {where} have changed since it was prepared. Copy or prepare it again")
-    max_id = 0
-    for start in range(0, len(data.tokens), FLUSH_TOKENS):
-        ids = data.tokens[start : start + FLUSH_TOKENS]
-        check_ids(data, start, start + len(ids), meta.vocabulary)
-        max_id = max(max_id, int(ids.max()))
+    max_id = max(_check_block(data, i, expected, meta.vocabulary) for i, expected in enumerate(split.bin_xxh3))
     if max_id != split.max_id:
         raise UsageError(f"{data.bin_path}: largest id {max_id}, meta.json says {split.max_id}. Prepare it again")
     load_tokenizer(Path(prefix).parent, meta)
+    if meta.is_chat:
+        read_past(data, meta)
     return f"{prefix}: {split.tokens:,} tokens in {split.documents:,} documents, {len(split.bin_xxh3)} blocks: all good"
+
+
+def _check_block(data: IndexedDataset, number: int, expected: str, vocabulary: Vocabulary) -> int:
+    """The largest id of one block; read in parts that fit into the processor's cache, for the hash and for the ids."""
+    start, stop = number * BLOCK_BYTES, min((number + 1) * BLOCK_BYTES, data.tokens.nbytes)
+    digest, largest, buffer = xxhash.xxh3_64(), 0, np.empty(READ_BYTES // data.dtype.itemsize, data.dtype)
+    with open(data.bin_path, "rb", buffering=0) as file:
+        file.seek(start)
+        for at in range(start, stop, READ_BYTES):
+            ids = buffer[: (min(at + READ_BYTES, stop) - at) // data.dtype.itemsize]
+            file.readinto(ids)
+            digest.update(ids)
+            largest = max(largest, int(ids.view(f"u{ids.itemsize}").max()))
+    if digest.hexdigest() != expected:
+        where = f"bytes {start} to {stop - 1}"
+        raise UsageError(f"{data.bin_path}: {where} have changed since it was prepared. Copy or prepare it again")
+    if largest >= vocabulary.num_outputs or vocabulary.num_outputs == vocabulary.size or vocabulary.suppressed_ids:
+        check_ids(data, start // data.dtype.itemsize, stop // data.dtype.itemsize, vocabulary)
+    return largest
+
+
+def summary(meta: DatasetMeta, out: str | Path) -> str:
+    """What stands in a dataset's folder, and what to do next."""
+    lines = [f"{out}/{name}: {split.tokens:,} tokens, {split.documents:,} documents, {split.bytes:,} text bytes"
+             for name, split in meta.splits.items()]  # fmt: skip
+    lines.append(f"tokenizer {meta.tokenizer.kind}: {meta.vocab_size} ids, the mask is {meta.mask_id}")
+    return "\n".join([*lines, f"train on it with data.train={out}/train data.validation={out}/val"])
 
 
 def stats(prefix: str) -> dict[str, Any]:

@@ -8,6 +8,8 @@ import numpy as np
 
 from dlm_scale.errors import UsageError
 
+MANY_IDS = 8  # from here on one look-up is quicker than so many comparisons
+
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -41,5 +43,8 @@ class Vocabulary:
         inner = [i for i in {self.mask_id, *self.suppressed_ids} if i < self.num_outputs]
         if not flat.size or (flat.max() < self.num_outputs and not inner):
             return None
-        bad = np.flatnonzero((flat >= self.num_outputs) | np.isin(flat, inner))
+        is_bad = flat >= self.num_outputs
+        for i in inner if len(inner) < MANY_IDS else ():
+            is_bad |= flat == i
+        bad = np.flatnonzero(is_bad | np.isin(flat, inner) if len(inner) >= MANY_IDS else is_bad)
         return int(bad[0]) if bad.size else None

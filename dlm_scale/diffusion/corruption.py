@@ -61,9 +61,15 @@ class Corrupted:
         return torch.bucketize(self.rows_N, self.bounds_S1[1:], right=True)
 
     def to(self, device, non_blocking: bool = False) -> "Corrupted":
+        return self._each(lambda value: value.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Corrupted":
+        """In page-locked memory, which a GPU copies from while the host goes on."""
+        return self._each(lambda value: value.pin_memory())
+
+    def _each(self, change) -> "Corrupted":
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        moved = {k: v.to(device, non_blocking=non_blocking) for k, v in fields.items() if hasattr(v, "to")}
-        return dataclasses.replace(self, **moved)
+        return dataclasses.replace(self, **{k: change(v) for k, v in fields.items() if hasattr(v, "to")})
 
 
 def corrupt(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from dlm_scale.diffusion.autoregressive import shifted
 from dlm_scale.diffusion.corruption import Corrupted
 from dlm_scale.diffusion.draws import default_estimator
 from dlm_scale.diffusion.likelihood import NelboEstimate, RowSums, exact_sums, row_sums, sums_of_draws, summarise
+from dlm_scale.diffusion.segments import Rows
 
 EVALUATION_SEED = 0  # fixed: all checkpoints of all runs are compared on the same masks
 
@@ -41,7 +43,7 @@ def _batches_of_rank(num_rows: int, batch_size: int, mesh: Any) -> list[np.ndarr
     return batches + [np.full(1, -1)] * (rounds - len(batches))
 
 
-SumsOfBatch = Callable[[np.ndarray, np.ndarray], RowSums]
+SumsOfBatch = Callable[[Any, np.ndarray], RowSums]  # (what `rows` gives, row indices)
 
 
 def nelbo_sums(ce_fn: Callable, mask_id: int, num_draws: int, seed: int = EVALUATION_SEED,
@@ -49,7 +51,21 @@ def nelbo_sums(ce_fn: Callable, mask_id: int, num_draws: int, seed: int = EVALUA
     """The NELBO of masked diffusion; without a name, the estimator that suits `num_draws`."""
     options = {"seed": seed, "num_draws": num_draws, "mask_id": mask_id,
                "estimator": estimator or default_estimator(num_draws)}
-    return lambda x0_BL, row_index_B: row_sums(ce_fn, x0_BL, row_index_B, **options)
+
+    def sums(rows: np.ndarray | Rows, row_index_B: np.ndarray) -> RowSums:
+        if not isinstance(rows, Rows):
+            return row_sums(ce_fn, rows, row_index_B, **options)
+        return row_sums(_apart(ce_fn, rows), rows.ids_BL, row_index_B, maskable_BL=rows.maskable_BL, **options)
+
+    return sums
+
+
+def _apart(ce_fn: Callable, rows: Rows) -> Callable:
+    """The ce_fn of rows whose segments do not see each other: an answer with its past, and padding."""
+    if rows.bounds_S1 is None:
+        return ce_fn
+    attention, row_S = ops.Segments(torch.from_numpy(rows.bounds_S1)), rows.bounds_S1[:-1] // rows.ids_BL.shape[1]
+    return lambda corrupted: ce_fn(replace(corrupted, attention=attention, m_B=corrupted.m_B[row_S]))
 
 
 def autoregressive_sums(ce_fn: Callable, mask_id: int) -> SumsOfBatch:

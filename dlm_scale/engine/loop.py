@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dlm_scale.diffusion.corruption import Corrupted
 from dlm_scale.engine.async_saving import Saver
 from dlm_scale.engine.batch_hash import batch_hash
 from dlm_scale.engine.build import Trainer
@@ -18,11 +20,15 @@ from dlm_scale.engine.checks import check_same_batch
 from dlm_scale.engine.evaluation import evaluate
 from dlm_scale.engine.health import Health, finite
 from dlm_scale.engine.optimizer import rate_factor
+from dlm_scale.engine.prefetch import Prefetcher
 from dlm_scale.engine.signals import Asked, Control
 from dlm_scale.engine.state import TrainState
 from dlm_scale.engine.step import loss_share, make_batch, reduce_sums, train_step
 from dlm_scale.engine.watchdog import Watchdog
 from dlm_scale.model.parameters import flops_per_token, peak_flops
+
+
+AGREE_SECONDS = 1.0  # between two looks whether all ranks have their batch
 
 
 @dataclass(frozen=True)
@@ -42,20 +48,27 @@ def train_loop(trainer: Trainer, data: Any, validation: Any, state: TrainState, 
     clock = Clock(trainer, state)
     if state.step == 0:
         record(evaluation_record(trainer, validation, state, watch))
-    with ThreadPoolExecutor(1) as ahead:
-        upcoming = ahead.submit(make_batch, trainer, data, state)
-        check_same_batch(upcoming.result(), trainer.runtime.mesh, trainer.runtime.device)
-        asked = control.agree()
+
+    def save(state: TrainState) -> None:
+        with clock.paused():
+            watch.enter("save")
+            saver.start(state)
+
+    with Prefetcher(partial(host_batch, trainer, data), state, last_step, train.global_batch_size,
+                    partial(use_device, trainer.runtime.device)) as batches, closing(data):
+        wait = partial(await_batch, data, batches, control, save, watch)
+        asked = wait(state, Asked(None, False, 0.0))
+        if not asked.stop:
+            check_same_batch(batches.peek(), trainer.runtime.mesh, trainer.runtime.device)
+            asked = control.agree()
         while state.step < last_step and not asked.stop:
             watch.enter("data", state.step)
-            batch = upcoming.result()
-            following = state.advanced(train.global_batch_size)
-            upcoming = ahead.submit(make_batch, trainer, data, following)
+            batch, following = batches.next(), state.advanced(train.global_batch_size)
             result = train_step(trainer, batch, state, watch.enter, saver.before_update)
             watch.enter("log")
             health.check_step(result, state)
             if _due(following.step, train.log_every, last_step):
-                record(step_record(trainer, batch, result, state, following, clock))
+                record(step_record(trainer, batch, result, state, following, clock, batches.waited_seconds))
                 health.check_ranks(watch)
             state = following
             if _due(state.step, train.eval_every, last_step):
@@ -65,11 +78,36 @@ def train_loop(trainer: Trainer, data: Any, validation: Any, state: TrainState, 
             asked = control.agree(loss_share(trainer, result))
             health.check_loss(asked.loss, state)
             if asked.save or _due(state.step, train.save_every, last_step):
-                with clock.paused():
-                    watch.enter("save")
-                    saver.start(state)
+                save(state)
+            asked = wait(state, asked)
     watch.enter("save", state.step)
     return Outcome(state, _reason(state, train, asked), saver.finish(state))
+
+
+def await_batch(data: Any, batches: Prefetcher, control: Control, save: Callable[[TrainState], None], watch: Watchdog,
+                state: TrainState, asked: Asked) -> Asked:
+    """Where the data is still being prepared: until all ranks have their next batch, or a stop is asked for. That may
+    take hours and is no hang. Collective there."""
+    while data.is_growing and not asked.stop:
+        watch.enter("data", state.step)
+        asked = control.agree(float(not batches.is_ready(AGREE_SECONDS)))
+        if asked.save:
+            save(state)
+        if not asked.loss:
+            break
+    return asked
+
+
+def host_batch(trainer: Trainer, data: Any, state: TrainState) -> list[Corrupted]:
+    """`make_batch`, in page-locked memory where a GPU is to copy it while it computes."""
+    batch = make_batch(trainer, data, state)
+    return [corrupted.pin_memory() for corrupted in batch] if trainer.runtime.device.type == "cuda" else batch
+
+
+def use_device(device: torch.device) -> None:
+    """In a thread that allocates page-locked memory: else each rank's would set up the first GPU."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def _due(step: int, every: int, last_step: int) -> bool:
@@ -83,23 +121,26 @@ def _reason(state: TrainState, train: Any, asked: Asked) -> str:
 
 
 class Clock:
-    """Tokens a second and MFU since the last look; evaluation and saving do not count."""
+    """Tokens a second, MFU and the share of the time spent waiting for batches since the last look; evaluation and
+    saving do not count."""
 
     def __init__(self, trainer: Trainer, state: TrainState):
         config = trainer.config.model
         self._started = self._mark = time.monotonic()
-        self._samples, self._seq_len = state.samples, config.seq_len
+        self._samples, self._seq_len, self._waited = state.samples, config.seq_len, 0.0
         self._flops = flops_per_token(config, trainer.vocabulary, attended_length=config.seq_len)
         device = trainer.runtime.device
         peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self._peak = peak and peak * trainer.runtime.env.world_size
 
-    def look(self, samples: int) -> dict[str, float | None]:
+    def look(self, samples: int, waited_seconds: float) -> dict[str, float | None]:
         now = time.monotonic()
-        rate = (samples - self._samples) * self._seq_len / max(1e-9, now - self._mark)
-        self._mark, self._samples = now, samples
+        seconds = max(1e-9, now - self._mark)
+        rate, waited = (samples - self._samples) * self._seq_len / seconds, (waited_seconds - self._waited) / seconds
+        self._mark, self._samples, self._waited = now, samples, waited_seconds
         mfu = rate * self._flops / self._peak if self._peak else None
-        return {"tokens_per_second": round(rate, 1), "mfu": mfu, "seconds": round(now - self._started, 3)}
+        return {"tokens_per_second": round(rate, 1), "mfu": mfu, "data_wait": round(waited, 5),
+                "seconds": round(now - self._started, 3)}
 
     def paused(self) -> Clock:
         return self
@@ -111,7 +152,8 @@ class Clock:
         self._mark += time.monotonic() - self._paused_at
 
 
-def step_record(trainer, batch, result, state: TrainState, following: TrainState, clock: Clock) -> dict[str, Any]:
+def step_record(trainer, batch, result, state: TrainState, following: TrainState, clock: Clock,
+                waited_seconds: float) -> dict[str, Any]:
     """The line of a logged step; what is not finite is null. Collective: statistics and hashes are gathered over the
     data-parallel ranks."""
     means = reduce_sums(trainer, result["sums"])
@@ -124,7 +166,7 @@ def step_record(trainer, batch, result, state: TrainState, following: TrainState
         **means,
         "learning_rate": options.learning_rate * rate_factor(state.step, trainer.config.train.num_steps, options),
         "grad_norm": finite(float(result["grad_norm"])),
-        **clock.look(following.samples),
+        **clock.look(following.samples, waited_seconds),
         "batch_hash": batch_hash(batch, trainer.runtime.mesh, trainer.runtime.device),
     }
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dlm_scale.engine.deepspeed_config import zero_stage
-from dlm_scale.model.parameters import parameter_table
+from dlm_scale.model.parameters import GATED_MLPS, parameter_table
 
 HEAD_ROWS = 8192  # rows of logits at a time, with their gradients
 MOST_CHANGES_SHOWN = 4
@@ -44,7 +44,7 @@ def _activations(config: Any, item: int) -> float:
     model, train, tensor = config.model, config.train, config.parallel.tensor_parallel_size
     split = tensor if config.parallel.sequence_parallel else 1
     queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    mlp = (4 if model.mlp == "swiglu" else 2) * model.ffn_size
+    mlp = (4 if model.mlp in GATED_MLPS else 2) * model.ffn_size
     block = 4 * model.hidden_size / split + (5 * queries + 3 * keys + mlp) / tensor
     every, layers = train.activation_checkpoint_every, model.num_layers
     recomputed = -(-layers // every) if every else 0

@@ -40,8 +40,11 @@ def provenance() -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """The commit of the source tree; None where there is no git, or no repository."""
-    command = ["git", "-C", str(Path(__file__).parents[2]), "rev-parse", "HEAD"]
+    """The commit of the source tree, or of the one that a job's copy was made of; None where neither is known."""
+    root = Path(__file__).parents[2]
+    with suppress(OSError):
+        return (root / "git_commit").read_text().strip() or None
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     except OSError:

@@ -56,14 +56,14 @@ def tokenizer_documents(data: Any) -> dict[str, bytes]:
     return {TOKENIZER_DOCUMENT: (json.dumps(meta.tokenizer_dict(), indent=1) + "\n").encode(), **files}
 
 
-def start_fresh(trainer: Trainer) -> TrainState:
-    """Weights from the seed, empty optimizer."""
+def start_fresh(trainer: Trainer, origin: Callable | None = None) -> TrainState:
+    """Weights from the seed, or from `origin(spec, box, start, numel)` (warm_start.py); empty optimizer."""
     seed = trainer.config.train.seed
 
     def initial(spec, box, start, numel):
         return torch.from_numpy(initial_values(spec, seed, box, start, numel))
 
-    trainer.state_access.fill(zero_slot_source(initial), step=0)
+    trainer.state_access.fill(zero_slot_source(origin or initial), step=0)
     return TrainState()
 
 

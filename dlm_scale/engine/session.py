@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from dlm_scale.checkpoint.reader import open_checkpoint, weights_hash
 from dlm_scale.checkpoint.writer import CheckpointError
-from dlm_scale.config import config_difference, config_from_text, dump_config
+from dlm_scale.config import config_from_text, dump_config
+from dlm_scale.config_compare import config_difference
 from dlm_scale.engine.async_saving import Saver
 from dlm_scale.engine.build import Trainer
 from dlm_scale.engine.health import Health, TrainingFailed

@@ -26,6 +26,7 @@ from dlm_scale.engine.state import TrainState
 from dlm_scale.engine.state_access import inner_optimizer
 from dlm_scale.errors import UsageError
 
+ANNEAL_STAGES = 16
 SCALARS = ("loss_sum", "nelbo_sum", "ce_sum", "num_masked", "num_correct", "num_maskable")
 BINS = ("ce_sum_bins", "num_masked_bins")
 
@@ -104,14 +105,29 @@ def _next_token_batch(trainer: Trainer, rows: Rows, sample_B: np.ndarray, denomi
 
 
 def with_denominator(trainer: Trainer, batch: Sequence[Corrupted]) -> list[Corrupted]:
-    """The micro-batches with the global batch's maskable positions. Collective if they are not known beforehand."""
-    if batch[0].denominator is not None:
-        return list(batch)
+    """The micro-batches with the global batch's maskable positions. Collective."""
     mine = float(sum(corrupted.num_maskable_B.sum() for corrupted in batch))
     count = torch.tensor(mine, dtype=torch.float64, device=trainer.runtime.device)
     if trainer.runtime.mesh.data_size > 1:
         dist.all_reduce(count, group=trainer.runtime.mesh.data_group)
     return [dataclasses.replace(corrupted, denominator=max(1.0, count.item())) for corrupted in batch]
+
+
+def annealed(engine: Any, config: Any, step: int) -> Callable:
+    """The network, its attention opened from causal to full in ANNEAL_STAGES parts of diffusion.attention_anneal_steps
+    (DiffuLLaMA, arXiv 2410.17891, opens it at random places; here position by position, so that it needs no noise)."""
+    num_steps, length = config.diffusion.attention_anneal_steps, config.model.seq_len
+    if step >= num_steps:
+        return engine
+    lookahead = ops.Lookahead(length * (ANNEAL_STAGES * step // num_steps) // ANNEAL_STAGES)
+
+    def hidden_fn(*inputs: Any, attention: Any = None, **options: Any) -> Any:
+        if attention is not None:
+            raise UsageError("diffusion.attention_anneal_steps: rows of packed documents have a mask of their own; set"
+                             " it to 0, or prepare the data unpacked")  # fmt: skip
+        return engine(*inputs, attention=lookahead, **options)
+
+    return hidden_fn
 
 
 def train_step(trainer: Trainer, batch: Sequence[Corrupted], state: TrainState,
@@ -130,11 +146,14 @@ def train_step(trainer: Trainer, batch: Sequence[Corrupted], state: TrainState,
     factor = rate_factor(state.step, trainer.config.train.num_steps, trainer.config.optimizer)
     for group in engine.optimizer.param_groups:
         group["lr"] = trainer.config.optimizer.learning_rate * factor
-    sums, losses, batch = 0.0, [], with_denominator(trainer, batch)
+    hidden_fn, sums, losses = annealed(engine, trainer.config, state.step), 0.0, []
+    if batch[0].denominator is None:
+        enter("agree")
+        batch = with_denominator(trainer, batch)
     for corrupted in batch:
         enter("forward")
-        corrupted = corrupted.to(trainer.runtime.device)
-        loss_sum, stats = masked_diffusion(engine, corrupted, trainer.config.diffusion.z_loss)
+        corrupted = corrupted.to(trainer.runtime.device, non_blocking=True)
+        loss_sum, stats = masked_diffusion(hidden_fn, corrupted, trainer.config.diffusion.z_loss)
         found = {"loss_sum": loss_sum.detach(), **stats, "num_maskable": corrupted.num_maskable_B.sum()}
         sums = sums + torch.cat([torch.stack([found[name].double() for name in SCALARS]), *(stats[b] for b in BINS)])
         losses.append(loss_sum.detach())

@@ -1,7 +1,8 @@
 """Who is where: each rank's phase and step, a heartbeat file a rank, and an end to a job that hangs.
 
 All ranks pass the same phases in the same order, so the rank that has entered the fewest is the one that the others
-wait for; where several have, the one that has come to the fewest meetings behind training. One that has not even renewed its heartbeat for half of the time is frozen or dead.
+wait for; where several have, the one that has come to the fewest meetings behind training. One that has not even
+renewed its heartbeat for half of the time is frozen or dead.
 """
 
 from __future__ import annotations

@@ -126,6 +126,8 @@ def text_report(samples: Sequence[Sample], judge: Judge) -> dict[str, Any]:
 def reference_samples(data: Any, tokenizer: Any, num_rows: int) -> list[Sample]:
     """Rows of held-out text as if they were samples."""
     rows = data.rows(np.arange(min(num_rows, data.num_rows)))
+    if not isinstance(rows, np.ndarray):
+        raise UsageError(f"{data.prefix} holds conversations: give text to compare with")
     return [Sample(tokenizer.decode(row), row.tolist()) for row in rows]
 
 

@@ -92,6 +92,9 @@ def evaluate_checkpoints(inferences: Sequence[Any], data: Any, options: Likeliho
     require_comparable(inferences)
     parts = []
     for inference in inferences:
+        if data.meta.is_chat and likelihood_kind(inference, options) != "nelbo":
+            raise UsageError(f"{data.prefix} holds conversations, whose past is given: only the NELBO of masked checkpoints "
+                             "is defined for them here; leave --likelihood out, or evaluate on text")
         progress = Progress(data.num_rows, options.batch_size, runtime)
         parts.append(dataset_sums(sums_of_batch(inference, options), data, options.batch_size, runtime.mesh, progress))
     reports = [checkpoint_report(i, summarise(p), data, options) for i, p in zip(inferences, parts)]

@@ -28,10 +28,25 @@ class ModelShape(Protocol):
     time_conditioning: str
     logit_softcap: float | None
     init_std: float
+    seq_len: int
+    norm: str
+    norm_bias: bool
+    norm_placement: str
+    bias: str
+    position: str
+    window: int | None
+    global_every: int
+    window_rope_base: float
+    embedding_norm: str
+    head_transform: bool
+    head_bias: bool
+    logit_shift: bool
 
 
 TIME_FEATURES = 256  # sinusoid features of the mask ratio
 TIME_WIDTH = 128  # width of the conditioning vector
+GATED_MLPS = ("swiglu", "geglu")
+BIASES = {"none": (), "qkv": ("qkv",), "mlp": ("up", "down"), "all": ("qkv", "out", "up", "down")}
 
 
 @dataclass(frozen=True)
@@ -73,30 +88,58 @@ class ParameterSpec:
 
 def parameter_table(config: ModelShape, vocabulary: Any) -> dict[str, ParameterSpec]:
     """All parameters in the order of the modules. `vocabulary` offers `size` and `num_outputs`."""
-    specs = [_table("embedding.weight", vocabulary.size, config.hidden_size, config.init_std)]
+    width, std = config.hidden_size, config.init_std
+    specs = [_table("embedding.weight", vocabulary.size, width, std)]
+    if config.position == "learned":
+        shape = (config.seq_len, width)
+        specs.append(ParameterSpec("positions.weight", shape, shape, None, init_std=std))
+    if config.embedding_norm != "none":
+        specs += _norm_specs("embedding_norm", config)
     if config.time_conditioning == "adaln":
-        specs += _time_specs(config.init_std)
+        specs += _time_specs(std)
     for layer in range(config.num_layers):
-        specs += _block_specs(f"blocks.{layer}", config)
-    # A tied table must not start at zero, so there the zero final gain makes the first loss exactly ln V.
-    specs.append(_vector("final_norm.gain", config.hidden_size, 0.0 if config.tied else 1.0))
+        specs += _block_specs(layer, config)
+    # A tied table must not start at zero, so there the zero gain of the last norm makes the first loss exactly ln V.
+    last_gain = 0.0 if config.tied else 1.0
+    if config.norm_placement == "pre":
+        specs += _norm_specs("final_norm", config, 1.0 if config.head_transform else last_gain)
+    if config.head_transform:
+        shape = (width, width)
+        specs.append(_matrix("head_transform.dense.weight", shape, shape, None, std))
+        specs += [_vector("head_transform.dense.bias", width, 0.0)] if config.bias == "all" else []
+        specs += _norm_specs("head_transform.norm", config, last_gain)
     if not config.tied:
-        specs.append(_table("head.weight", vocabulary.num_outputs, config.hidden_size, 0.0))
+        specs.append(_table("head.weight", vocabulary.num_outputs, width, 0.0))
+    if config.head_bias:
+        specs.append(_vector("head.bias", vocabulary.size if config.tied else vocabulary.num_outputs, 0.0))
     return {spec.name: spec for spec in specs}
 
 
-def _block_specs(prefix: str, config: ModelShape) -> list[ParameterSpec]:
+def has_first_norm(config: ModelShape, layer: int) -> bool:
+    """Whether a block's attention has a norm of its own: the first one's may be the norm of the embeddings."""
+    return layer > 0 or config.embedding_norm != "first"
+
+
+def _norm_specs(prefix: str, config: ModelShape, gain: float = 1.0) -> list[ParameterSpec]:
+    specs = [_vector(f"{prefix}.gain", config.hidden_size, gain)]
+    return specs + ([_vector(f"{prefix}.bias", config.hidden_size, 0.0)] if config.norm_bias else [])
+
+
+def _block_specs(layer: int, config: ModelShape) -> list[ParameterSpec]:
+    prefix, biased = f"blocks.{layer}", BIASES[config.bias]
     std, out_std = config.init_std, config.init_std / math.sqrt(2 * config.num_layers)
     width, ffn, group = config.hidden_size, config.ffn_size, config.num_heads // config.num_kv_heads + 2
     qkv_view = (config.num_kv_heads, group, config.head_dim, width)
     qkv_rows, attended = math.prod(qkv_view[:3]), config.num_heads * config.head_dim
-    specs = [_vector(f"{prefix}.attention_norm.gain", width, 1.0)]
+    bias_of = {"qkv": ("attention.qkv", qkv_rows), "out": ("attention.out", width), "down": ("mlp.down", width)}
+    bias_of["up"] = ("mlp.gate_up", 2 * ffn) if config.mlp in GATED_MLPS else ("mlp.up", ffn)
+    specs = _norm_specs(f"{prefix}.attention_norm", config) if has_first_norm(config, layer) else []
     specs.append(_matrix(f"{prefix}.attention.qkv.weight", (qkv_rows, width), qkv_view, 0, std))
     if config.qk_norm:
         specs += [_vector(f"{prefix}.attention.{which}_norm.gain", config.head_dim, 1.0) for which in ("query", "key")]
     specs.append(_matrix(f"{prefix}.attention.out.weight", (width, attended), (width, attended), 1, out_std))
-    specs.append(_vector(f"{prefix}.mlp_norm.gain", width, 1.0))
-    if config.mlp == "swiglu":
+    specs += _norm_specs(f"{prefix}.mlp_norm", config)
+    if config.mlp in GATED_MLPS:
         specs.append(_matrix(f"{prefix}.mlp.gate_up.weight", (2 * ffn, width), (2, ffn, width), 1, std))
     else:
         specs.append(_matrix(f"{prefix}.mlp.up.weight", (ffn, width), (ffn, width), 0, std))
@@ -104,6 +147,10 @@ def _block_specs(prefix: str, config: ModelShape) -> list[ParameterSpec]:
     if config.time_conditioning == "adaln":
         shape = (6 * width, TIME_WIDTH)
         specs.append(_matrix(f"{prefix}.modulation.weight", shape, shape, None, 0.0))
+    # No tensor-parallel rank holds a part of a bias, but the fused one has the view of its matrix.
+    for name, rows in (bias_of[part] for part in biased):
+        view = qkv_view[:3] if name == "attention.qkv" else (rows,)
+        specs.append(ParameterSpec(f"{prefix}.{name}.bias", (rows,), view, None))
     return specs
 
 

@@ -23,14 +23,15 @@ def padded_rows(rows: int, tensor_size: int) -> int:
 
 
 class Linear(nn.Module):
-    """y = x W^T without bias; the weight is left uninitialised, `initialise` fills it."""
+    """y = x W^T, and a bias if asked for; the weights are left uninitialised, `initialise` fills them."""
 
-    def __init__(self, num_in: int, num_out: int):
+    def __init__(self, num_in: int, num_out: int, has_bias: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_out, num_in))
+        self.bias = nn.Parameter(torch.empty(num_out)) if has_bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight)
+        return F.linear(x, self.weight, self.bias)
 
 
 class Embedding(nn.Module):
@@ -66,17 +67,19 @@ class LocalLayers:
     select_rows = staticmethod(select_rows)
     own_positions = staticmethod(identity)
 
-    def column(self, num_in: int, num_out: int) -> nn.Module:
-        """A linear layer whose outputs are split over the tensor-parallel ranks."""
-        return Linear(num_in, num_out)
+    def column(self, num_in: int, num_out: int, has_bias: bool = False) -> nn.Module:
+        """A linear layer whose outputs are split over the tensor-parallel ranks. Biases: on whole layers only."""
+        return Linear(num_in, num_out, has_bias)
 
-    def qkv(self, width: int, kv_heads: int, queries: int, head_dim: int) -> tuple[nn.Module, int]:
+    def qkv(
+        self, width: int, kv_heads: int, queries: int, head_dim: int, has_bias: bool = False
+    ) -> tuple[nn.Module, int]:
         """The fused projection, grouped by key/value head; and the queries a key/value head has on this rank."""
-        return Linear(width, kv_heads * (queries + 2) * head_dim), queries
+        return Linear(width, kv_heads * (queries + 2) * head_dim, has_bias), queries
 
-    def row(self, num_in: int, num_out: int) -> nn.Module:
+    def row(self, num_in: int, num_out: int, has_bias: bool = False) -> nn.Module:
         """A linear layer whose inputs are split; outputs are summed over the ranks."""
-        return Linear(num_in, num_out)
+        return Linear(num_in, num_out, has_bias)
 
     def embedding(self, num_rows: int, width: int) -> nn.Module:
         """A table of `num_rows` logical rows, split by rows."""

@@ -1,43 +1,57 @@
 """The loop of all samplers: advance every unfinished row to its next step, look once, reveal, perhaps undo.
 
-Rows are independent: each has its own step, leaves the batch when it is finished, and has its own random numbers, so a
-sample is a function of (seed, request hash, sample index, settings) and of what `predict` says; neither the order nor
-the size of the batch enters.
+Rows are independent: each has its own block and step, leaves the batch when it is finished, and has its own random
+numbers, so a sample is a function of (seed, request hash, sample index, settings) and of what `predict` says; neither
+the order nor the size of the batch enters.
 
 Shapes: B rows, L positions, V vocabulary, N the candidate positions of one pass.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from dlm_scale.diffusion.rng import Stream, philox, uniform53
+from dlm_scale.sampling.blocks import block_ends, block_of_L
+from dlm_scale.sampling.caches import KeyValueCache
+from dlm_scale.sampling.checks import check_blocks, check_extras, check_rows
+from dlm_scale.sampling.noise import Noise, make_noise
+from dlm_scale.sampling.passes import Look
 from dlm_scale.sampling.samplers import Sampler, resolve
-from dlm_scale.sampling.schedules import SCHEDULES, Timetable, timetable, waiting_step
-from dlm_scale.sampling.selectors import SELECTORS, Candidates
+from dlm_scale.sampling.schedules import REVISERS, SCHEDULES, timetable, waiting_step
+from dlm_scale.sampling.selectors import SELECTORS, Candidates, Selector
 from dlm_scale.sampling.tokens import TOKEN_SAMPLERS, sample_tokens
+
+_NEVER = torch.iinfo(torch.long).max
 
 
 @dataclass(frozen=True)
 class State:
-    """Where each row stands after a pass. All fields have B rows; step, nfe in passes.
+    """Where each row stands after a pass. All fields have B rows. Steps count from the start of the whole text.
 
-    is_fresh_BL  revealed by the row's last pass
-    due_BL       step of each reveal (schedules.py), undo_BL step at which a revealed position is masked again
-    is_done_B    nothing left to reveal, or a stop id stands with nothing masked before it
+    is_fresh_BL    revealed by the row's last pass
+    is_revised_BL  has been masked again at some time
+    due_BL         step of each reveal in the row's block (schedules.py), undo_BL step at which one is masked again
+    confidence_BL  probability that the token had when it was drawn (kept where the reviser reads it)
+    nfe_B          passes of the network
+    block_B        the block that the row is in; first_step_B, num_steps_B: the step before its first, and its steps
+    is_done_B      nothing left to reveal, or a stop id stands with nothing masked before it
     """
 
     x_BL: Tensor
     is_fixed_BL: Tensor
     is_masked_BL: Tensor
     is_fresh_BL: Tensor
+    is_revised_BL: Tensor
     due_BL: Tensor
     undo_BL: Tensor
+    confidence_BL: Tensor
     step_B: Tensor
     nfe_B: Tensor
+    block_B: Tensor
+    first_step_B: Tensor
+    num_steps_B: Tensor
     is_done_B: Tensor
 
 
@@ -50,32 +64,33 @@ class Generated:
 
 
 @dataclass(frozen=True)
-class Noise:
-    """The uniforms of a batch: key from (seed, SAMPLE), counter = (request hash, sample, step, position)."""
-
-    key: int
-    request_hash_B: np.ndarray
-    sample_B: np.ndarray
-
-    def uniforms(self, row_N: Tensor, step_N: Tensor, position_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Two independent float64 uniforms in [0, 1) for each place: one for the token, one for times and orders."""
-        row, step, position = (index.cpu().numpy() for index in (row_N, step_N, position_N))
-        words = philox(self.key, self.request_hash_B[row], self.sample_B[row], step, position)
-        pairs = uniform53(words[0], words[1]), uniform53(words[2], words[3])
-        return tuple(torch.from_numpy(uniform).to(row_N.device) for uniform in pairs)
-
-
-@dataclass(frozen=True)
 class _Run:
     """What stays the same from pass to pass."""
 
-    predict: Callable[..., Tensor]
+    look: Look
     sampler: Sampler
-    table: Timetable
+    num_steps: int
     noise: Noise
     draw: Callable[[Tensor, Tensor], Tensor]
     mask_id: int
     stop_ids: Tensor
+    block_L: Tensor
+    confidence_bias: Mapping[int, float]
+
+    @property
+    def selector(self) -> Selector:
+        return SELECTORS[self.sampler.selector]
+
+    @property
+    def looks_at_state_to_revise(self) -> bool:
+        return REVISERS[self.sampler.reviser].share is not None
+
+    def table(self, num_steps: int):
+        return timetable(self.sampler, num_steps, self.block_L.device)
+
+    def is_active(self, state: State) -> Tensor:
+        """Positions [B, L] of each row's block."""
+        return self.block_L == state.block_B[:, None]
 
 
 def generate(
@@ -110,172 +125,273 @@ def stream(
     top_k: int = 0,
     top_p: float = 1.0,
     stop_ids: Sequence[int] = (),
+    block_size: "int | None" = None,
+    context: "int | None" = None,
+    guidance: float = 0.0,
+    cache: str = "none",
+    refresh_every: int = 0,
+    logit_bias: Mapping[int, float] = {},
+    confidence_bias: Mapping[int, float] = {},
 ) -> Iterator[State]:
     """The start state, then the state after every pass, until all rows are done.
 
     predict(x_BL, rows_N) -> log_probs_NV at flat positions, ascending, of a part of the batch; column = id.
     x_BL int64 and is_fixed_BL bool: fixed positions (prompt, text around an infill, padding) are never written, all
-    others start masked. num_steps >= 1 is the largest number of passes of a row (a sampler that masks again may take
-    fewer, none takes more). temperature 0 takes the likeliest id. Orders read the untempered probabilities.
+    others start masked. num_steps >= 1 is the most looks of a row (a sampler that masks again may take fewer, none
+    takes more). temperature 0 takes the likeliest id. Orders read the untempered probabilities.
+
+    block_size: positions are filled block by block, each by the sampler in its share of the steps (None: all at once).
+    context: the most positions that predict can look at; rows may be longer where blocks are used, and then slide.
+    guidance: w of blind + (w+1) (given - blind), blind with the fixed positions masked; two passes a look, unless 0.
+    cache, refresh_every: keep keys and values within a block (caches.py); predict must take the argument `cache`.
+    logit_bias: value added to an id's logit. confidence_bias: value added to the score of a position whose id (drawn,
+    or likeliest where the order looks at the state alone) it is; -inf: revealed only when nothing else is left.
     Raises ValueError on settings that make no sense.
     """
     sampler = resolve(sampler)
-    _check(x_BL, is_fixed_BL, num_steps, request_hashes, sample_indices, temperature, top_k, top_p)
+    length = x_BL.shape[-1]
+    block_size = length if block_size is None else min(block_size, length)
+    window = length if context is None else min(context, length)
+    check_rows(x_BL, is_fixed_BL, num_steps, request_hashes, sample_indices, temperature, top_k, top_p)
+    check_blocks(is_fixed_BL, num_steps, block_size, window, context)
+    check_extras(predict, sampler, guidance, cache, refresh_every, confidence_bias)
     token_sampler = TOKEN_SAMPLERS["argmax" if temperature == 0 else sampler.token_sampler]
+    kept_rows = len(x_BL) * (1 if guidance == 0 else 2)
+    kept = None if cache == "none" else KeyValueCache(cache, refresh_every, kept_rows, x_BL.device)
     run = _Run(
-        predict,
+        Look(predict, mask_id, window, block_size, guidance, logit_bias, kept),
         sampler,
-        timetable(sampler, num_steps, x_BL.device),
+        num_steps,
         make_noise(seed, request_hashes, sample_indices),
         lambda log_probs_NV, uniform_N: sample_tokens(
             token_sampler, log_probs_NV, uniform_N, temperature, top_k, top_p
         ),
         mask_id,
         torch.tensor(list(stop_ids), dtype=torch.long, device=x_BL.device),
+        block_of_L(length, block_size, x_BL.device),
+        confidence_bias,
     )
     state = _start(run, x_BL, is_fixed_BL)
     yield state
     while not bool(state.is_done_B.all()):
         active_A = (~state.is_done_B).nonzero()[:, 0]
-        part = State(**{name: tensor[active_A] for name, tensor in vars(state).items()})
-        part = _finish(run, _advance(run, part, active_A))
-        state = State(**{name: old.index_copy(0, active_A, getattr(part, name)) for name, old in vars(state).items()})
+        state = _on_rows(state, active_A, lambda part: _finish(run, _advance(run, part, active_A), active_A))
         yield state
 
 
-def _check(x_BL, is_fixed_BL, num_steps, request_hashes, sample_indices, temperature, top_k, top_p):
-    if x_BL.dim() != 2 or x_BL.shape != is_fixed_BL.shape or is_fixed_BL.dtype != torch.bool:
-        raise ValueError(f"x and is_fixed are [B, L], is_fixed bool: {tuple(x_BL.shape)}, {tuple(is_fixed_BL.shape)}")
-    if not len(request_hashes) == len(sample_indices) == len(x_BL):
-        raise ValueError(
-            f"one request hash and one sample index a row: {len(request_hashes)} and {len(sample_indices)} "
-            f"for {len(x_BL)} rows"
-        )
-    if num_steps < 1:
-        raise ValueError(f"num_steps is 1 or more, not {num_steps}")
-    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-        raise ValueError(
-            f"temperature >= 0, top_k >= 0 and 0 < top_p <= 1, not temperature={temperature}, top_k={top_k}, "
-            f"top_p={top_p}"
-        )
-
-
-def make_noise(seed: int, request_hashes: Sequence[int], sample_indices: Sequence[int]) -> Noise:
-    """The random numbers of a batch of (request, sample) pairs under one 64-bit sampling seed."""
-    low, high, _, _ = philox(seed, 0, 0, 0, int(Stream.SAMPLE))
-    hashes, samples = (np.asarray(column, dtype=np.int64) for column in (request_hashes, sample_indices))
-    return Noise(int(low) | int(high) << 32, hashes, samples)
+def _on_rows(state: State, row_A: Tensor, change: Callable[[State], State]) -> State:
+    """`change` applied to some rows of the state."""
+    if len(row_A) == len(state.step_B):
+        return change(state)
+    changed = change(State(**{name: tensor[row_A] for name, tensor in vars(state).items()}))
+    return State(**{name: old.index_copy(0, row_A, getattr(changed, name)) for name, old in vars(state).items()})
 
 
 def _start(run: _Run, x_BL: Tensor, is_fixed_BL: Tensor) -> State:
-    """Everything not fixed is masked, and the reveals are scheduled (step 0 of the counter)."""
-    num_rows, length = x_BL.shape
-    row_BL = torch.arange(num_rows, device=x_BL.device)[:, None].expand(num_rows, length)
-    position_BL = torch.arange(length, device=x_BL.device).expand(num_rows, length)
-    _, uniform_BL = run.noise.uniforms(row_BL, torch.zeros_like(row_BL), position_BL)
-    is_masked_BL = ~is_fixed_BL
-    zero_B = torch.zeros_like(row_BL[:, 0])
-    return State(
+    """Everything not fixed is masked, and every row is in its first block."""
+    zero_B = torch.zeros(len(x_BL), dtype=torch.long, device=x_BL.device)
+    false_BL = torch.zeros_like(is_fixed_BL)
+    state = State(
         x_BL=torch.where(is_fixed_BL, x_BL, run.mask_id),
         is_fixed_BL=is_fixed_BL,
-        is_masked_BL=is_masked_BL,
-        is_fresh_BL=torch.zeros_like(is_fixed_BL),
-        due_BL=SCHEDULES[run.sampler.schedule](is_masked_BL, uniform_BL, run.table),
-        undo_BL=torch.full_like(x_BL, run.table.num_steps + 1),
+        is_masked_BL=~is_fixed_BL,
+        is_fresh_BL=false_BL,
+        is_revised_BL=false_BL,
+        due_BL=torch.zeros_like(x_BL),
+        undo_BL=torch.full_like(x_BL, _NEVER),
+        confidence_BL=torch.zeros_like(x_BL, dtype=torch.float64),
         step_B=zero_B,
         nfe_B=zero_B,
-        is_done_B=~is_masked_BL.any(1),
+        block_B=zero_B,
+        first_step_B=zero_B,
+        num_steps_B=zero_B,
+        is_done_B=~(~is_fixed_BL).any(1),
+    )
+    open_A = (~state.is_done_B).nonzero()[:, 0]
+    return _on_rows(state, open_A, lambda part: _enter_block(run, part, open_A))
+
+
+def _enter_block(run: _Run, state: State, batch_row_B: Tensor) -> State:
+    """The rows begin the block of their first masked position: its reveals are scheduled (step 0 of the counter)."""
+    block_B = run.block_L[state.is_masked_BL.to(torch.uint8).argmax(1)]
+    end_BK = block_ends(~state.is_fixed_BL, run.look.block_size, run.num_steps)
+    first_B = torch.where(block_B > 0, end_BK.gather(1, (block_B - 1).clamp(min=0)[:, None])[:, 0], 0)
+    num_steps_B = end_BK.gather(1, block_B[:, None])[:, 0] - first_B
+    member_BL = state.is_masked_BL & (run.block_L == block_B[:, None])
+    row_N, position_N = member_BL.nonzero(as_tuple=True)
+    _, uniform_N = run.noise.uniforms(batch_row_B[row_N], torch.zeros_like(row_N), position_N)
+    uniform_BL = torch.zeros_like(state.confidence_BL).index_put((row_N, position_N), uniform_N)
+    due_BL = torch.zeros_like(state.due_BL)
+    for num_steps in num_steps_B.unique().tolist():
+        own_A = (num_steps_B == num_steps).nonzero()[:, 0]
+        schedule = SCHEDULES[run.sampler.schedule]
+        due_BL[own_A] = schedule(member_BL[own_A], uniform_BL[own_A], run.table(num_steps))
+    return replace(
+        state,
+        due_BL=torch.where(member_BL, due_BL + first_B[:, None], 0),
+        step_B=first_B,
+        block_B=block_B,
+        first_step_B=first_B,
+        num_steps_B=num_steps_B,
     )
 
 
 def _advance(run: _Run, state: State, batch_row_B: Tensor) -> State:
     """One step of every row of `state`; batch_row_B are their numbers in the whole batch."""
-    selector = SELECTORS[run.sampler.selector]
     state = replace(state, step_B=_next_step(run, state))
     step_B1 = state.step_B[:, None]
-    if selector.score is None:
+    if run.selector.score is None:
         candidate_BL = state.is_masked_BL & (state.due_BL == step_B1)
     else:
-        candidate_BL = state.is_masked_BL
-    undone_BL = ~state.is_masked_BL & (state.undo_BL == step_B1)
+        candidate_BL = state.is_masked_BL & run.is_active(state)
+    if run.looks_at_state_to_revise:
+        undone_BL = _revised(run, state, batch_row_B)
+    else:
+        undone_BL = ~state.is_masked_BL & (state.undo_BL == step_B1)
     after = _reveal(run, state, batch_row_B, candidate_BL) if bool(candidate_BL.any()) else state
     return _mask_again(run, after, batch_row_B, undone_BL) if bool(undone_BL.any()) else after
 
 
 def _next_step(run: _Run, state: State) -> Tensor:
     """The next step in which something of the row can change; steps without an event cost nothing."""
-    if SELECTORS[run.sampler.selector].extent is not None:
+    if run.selector.extent is not None or run.looks_at_state_to_revise:
         return state.step_B + 1
-    event_BL = torch.minimum(*(_later(steps_BL, state.step_B[:, None]) for steps_BL in (state.due_BL, state.undo_BL)))
-    return event_BL.amin(1)
+    due_B, undo_B = (_later(steps_BL, state.step_B[:, None]) for steps_BL in (state.due_BL, state.undo_BL))
+    return torch.minimum(due_B, undo_B)
 
 
 def _later(steps_BL: Tensor, step_B1: Tensor) -> Tensor:
-    return torch.where(steps_BL > step_B1, steps_BL, torch.iinfo(torch.long).max)
+    return torch.where(steps_BL > step_B1, steps_BL, _NEVER).amin(1)
+
+
+def _wait(run: _Run, state: State, kind: str, row_N: Tensor, uniform_N: Tensor) -> Tensor:
+    """The step of the next event (Timetable's table `kind`) at positions of these rows; _NEVER past the block's end."""
+    step_N, num_steps_N = (state.step_B - state.first_step_B)[row_N], state.num_steps_B[row_N]
+    event_N = torch.full_like(row_N, _NEVER)
+    for num_steps in num_steps_N.unique().tolist():
+        own = (num_steps_N == num_steps).nonzero()[:, 0]
+        found = waiting_step(getattr(run.table(num_steps), kind), step_N[own], uniform_N[own])
+        event_N[own] = torch.where(found > num_steps, _NEVER, found + state.first_step_B[row_N[own]])
+    return event_N
 
 
 def _reveal(run: _Run, state: State, batch_row_B: Tensor, candidate_BL: Tensor) -> State:
     """One pass over the rows that have candidates: choose among them, give ids, plan when these are undone."""
     is_live_B = candidate_BL.any(1)
-    row_N, position_N = candidate_BL.nonzero(as_tuple=True)
-    step_N = state.step_B[row_N]
-    flat_N = candidate_BL[is_live_B].flatten().nonzero()[:, 0]
-    log_probs_NV = run.predict(state.x_BL[is_live_B], flat_N)
-    token_uniform_N, other_uniform_N = run.noise.uniforms(batch_row_B[row_N], step_N, position_N)
-    is_chosen_N, ids_N = _choose(run, state, candidate_BL, log_probs_NV, token_uniform_N, other_uniform_N)
-    place = row_N[is_chosen_N], position_N[is_chosen_N]
-    undo_N = waiting_step(run.table.log_kept_T1, step_N[is_chosen_N], other_uniform_N[is_chosen_N])
-    chosen_BL = torch.zeros_like(candidate_BL).index_put(place, torch.ones_like(ids_N, dtype=torch.bool))
-    return replace(
+    live_A = is_live_B.nonzero()[:, 0]
+    look_at = state.x_BL, state.is_fixed_BL, candidate_BL, batch_row_B, state.block_B
+    if len(live_A) < len(is_live_B):
+        look_at = tuple(whole[live_A] for whole in look_at)
+    log_probs_NV = run.look(*look_at)
+    place_M, ids_M, log_probs_MV = _choose(run, state, batch_row_B, candidate_BL, log_probs_NV)
+    chosen_BL = torch.zeros_like(candidate_BL).index_put(place_M, torch.ones_like(ids_M, dtype=torch.bool))
+    after = replace(
         state,
-        x_BL=state.x_BL.index_put(place, ids_N),
+        x_BL=state.x_BL.index_put(place_M, ids_M),
         is_masked_BL=state.is_masked_BL & ~chosen_BL,
         is_fresh_BL=chosen_BL,
-        undo_BL=state.undo_BL.index_put(place, undo_N),
-        nfe_B=state.nfe_B + is_live_B,
+        nfe_B=state.nfe_B + is_live_B * run.look.nfe,
     )
+    return _plan_revision(run, after, batch_row_B, place_M, log_probs_MV.gather(1, ids_M[:, None])[:, 0])
 
 
-def _choose(run, state, candidate_BL, log_probs_NV, token_uniform_N, other_uniform_N) -> tuple[Tensor, Tensor]:
-    """Which of the N candidates are revealed, and the ids of those."""
-    selector = SELECTORS[run.sampler.selector]
-    if selector.score is None:
-        return torch.ones_like(token_uniform_N, dtype=torch.bool), run.draw(log_probs_NV, token_uniform_N)
-    ids_N = run.draw(log_probs_NV, token_uniform_N) if selector.reads_tokens else None
-    row_N, position_N = candidate_BL.nonzero(as_tuple=True)
-    remaining_N = 1 - state.step_B[row_N].double() / run.table.num_steps
-    score_N = selector.score(Candidates(log_probs_NV, ids_N, other_uniform_N, remaining_N), run.sampler)
-    score_BL = torch.full_like(candidate_BL, -torch.inf, dtype=torch.float64).index_put((row_N, position_N), score_N)
-    sorted_BL, order_BL = score_BL.sort(dim=1, descending=True, stable=True)
-    count_B = state.is_masked_BL.sum(1) - (state.due_BL > state.step_B[:, None]).sum(1)
-    if selector.extent is not None:
-        count_B = torch.maximum(count_B, selector.extent(sorted_BL, run.sampler)).clamp(min=1)
-    is_best_BL = torch.arange(order_BL.shape[1], device=order_BL.device) < count_B[:, None]
-    is_chosen_N = torch.zeros_like(candidate_BL).scatter(1, order_BL, is_best_BL)[row_N, position_N]
+def _choose(run, state, batch_row_B, candidate_BL, log_probs_NV) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
+    """Which candidates are revealed: their place (rows, positions), ids, and log-probabilities."""
+    place_N = candidate_BL.nonzero(as_tuple=True)
+    if run.selector.score is None:
+        token_uniform_N, _ = _uniforms(run, state, batch_row_B, place_N)
+        return place_N, run.draw(log_probs_NV, token_uniform_N), log_probs_NV
+    ids_N = other_uniform_N = None
+    if run.selector.reads_tokens:
+        token_uniform_N, other_uniform_N = _uniforms(run, state, batch_row_B, place_N)
+        ids_N = run.draw(log_probs_NV, token_uniform_N)
+    remaining_B = 1 - (state.step_B - state.first_step_B).double() / state.num_steps_B
+    candidates = Candidates(log_probs_NV, ids_N, other_uniform_N, remaining_B[place_N[0]])
+    chosen_M = _best(run, state, candidate_BL, _scores(run, candidates)).nonzero()[:, 0]
+    place_M, log_probs_MV = tuple(index[chosen_M] for index in place_N), log_probs_NV[chosen_M]
     if ids_N is not None:
-        return is_chosen_N, ids_N[is_chosen_N]
-    return is_chosen_N, run.draw(log_probs_NV[is_chosen_N], token_uniform_N[is_chosen_N])
+        return place_M, ids_N[chosen_M], log_probs_MV
+    return place_M, run.draw(log_probs_MV, _uniforms(run, state, batch_row_B, place_M)[0]), log_probs_MV
+
+
+def _uniforms(run: _Run, state: State, batch_row_B: Tensor, place_N: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    row_N, position_N = place_N
+    return run.noise.uniforms(batch_row_B[row_N], (state.step_B - state.first_step_B)[row_N], position_N)
+
+
+def _scores(run: _Run, candidates: Candidates) -> Tensor:
+    """The selector's scores [N] with the bias of the ids, finite."""
+    score_N = run.selector.score(candidates, run.sampler)
+    if run.confidence_bias:
+        ids_N = candidates.log_probs_NV.argmax(-1) if candidates.ids_N is None else candidates.ids_N
+        for token, value in run.confidence_bias.items():
+            score_N = torch.where(ids_N == token, score_N + value, score_N)
+    return score_N.clamp(min=torch.finfo(score_N.dtype).min)  # -inf is what positions out of question have
+
+
+def _best(run: _Run, state: State, candidate_BL: Tensor, score_N: Tensor) -> Tensor:
+    """bool [N]: the candidates with the largest scores of each row, as many as are due or the selector's extent."""
+    place_N = candidate_BL.nonzero(as_tuple=True)
+    score_BL = torch.full_like(candidate_BL, -torch.inf, dtype=torch.float64).index_put(place_N, score_N)
+    sorted_BL, order_BL = score_BL.sort(dim=1, descending=True, stable=True)
+    count_B = candidate_BL.sum(1) - (state.due_BL > state.step_B[:, None]).sum(1)
+    if run.selector.extent is not None:
+        count_B = torch.maximum(count_B, run.selector.extent(sorted_BL, run.sampler)).clamp(min=1)
+    is_best_BL = torch.arange(order_BL.shape[1], device=order_BL.device) < count_B[:, None]
+    return torch.zeros_like(candidate_BL).scatter(1, order_BL, is_best_BL)[place_N]
+
+
+def _plan_revision(run, state, batch_row_B, place_M, log_prob_M) -> State:
+    """When the tokens just revealed are masked again, or what the reviser will want to know of them."""
+    if run.sampler.reviser == "none":
+        return state
+    if run.looks_at_state_to_revise:
+        return replace(state, confidence_BL=state.confidence_BL.index_put(place_M, log_prob_M.double().exp()))
+    _, uniform_M = _uniforms(run, state, batch_row_B, place_M)
+    undo_M = _wait(run, state, "log_kept_T1", place_M[0], uniform_M)
+    return replace(state, undo_BL=state.undo_BL.index_put(place_M, undo_M))
+
+
+def _revised(run: _Run, state: State, batch_row_B: Tensor) -> Tensor:
+    """Positions [B, L] that a reviser which looks at the state masks again in this step."""
+    is_revealed_BL = ~state.is_masked_BL & ~state.is_fixed_BL & run.is_active(state)
+    sigma_B = torch.zeros_like(state.confidence_BL[:, 0])
+    for num_steps in state.num_steps_B.unique().tolist():
+        own_A = (state.num_steps_B == num_steps).nonzero()[:, 0]
+        sigma_B[own_A] = run.table(num_steps).sigma_T[(state.step_B - state.first_step_B)[own_A] - 1]
+    chance_BL = sigma_B[:, None] * REVISERS[run.sampler.reviser].share(state.confidence_BL, is_revealed_BL)
+    place_N = is_revealed_BL.nonzero(as_tuple=True)
+    token_uniform_N, _ = _uniforms(run, state, batch_row_B, place_N)  # no token is drawn here in this step
+    return torch.zeros_like(is_revealed_BL).index_put(place_N, token_uniform_N < chance_BL[place_N])
 
 
 def _mask_again(run: _Run, state: State, batch_row_B: Tensor, undone_BL: Tensor) -> State:
     """Mask what is due to be undone, and plan when it is revealed again."""
-    place = undone_BL.nonzero(as_tuple=True)
-    step_N = state.step_B[place[0]]
-    _, uniform_N = run.noise.uniforms(batch_row_B[place[0]], step_N, place[1])
+    place_N = undone_BL.nonzero(as_tuple=True)
+    _, uniform_N = _uniforms(run, state, batch_row_B, place_N)
+    due_N = _wait(run, state, "log_masked_T1", place_N[0], uniform_N)
     return replace(
         state,
         x_BL=state.x_BL.masked_fill(undone_BL, run.mask_id),
         is_masked_BL=state.is_masked_BL | undone_BL,
         is_fresh_BL=state.is_fresh_BL & ~undone_BL,
-        due_BL=state.due_BL.index_put(place, waiting_step(run.table.log_masked_T1, step_N, uniform_N)),
+        is_revised_BL=state.is_revised_BL | undone_BL,
+        due_BL=state.due_BL.index_put(place_N, due_N),
     )
 
 
-def _finish(run: _Run, state: State) -> State:
-    """Mark the rows that are done: nothing masked or to be undone, or a stop id after an unbroken text."""
-    is_idle_B = ~(state.is_masked_BL | (state.undo_BL <= run.table.num_steps)).any(1)
-    if len(run.stop_ids) == 0:
-        return replace(state, is_done_B=is_idle_B)
-    is_before_mask_BL = state.is_masked_BL.cumsum(1) == 0
-    is_stop_BL = torch.isin(state.x_BL, run.stop_ids) & ~state.is_fixed_BL & is_before_mask_BL
-    return replace(state, is_done_B=is_idle_B | is_stop_BL.any(1))
+def _finish(run: _Run, state: State, batch_row_B: Tensor) -> State:
+    """Rows with nothing left to do in their block go to the next; those without one, or at a stop id, are done."""
+    pending_BL = (state.is_masked_BL & run.is_active(state)) | (~state.is_masked_BL & (state.undo_BL != _NEVER))
+    is_idle_B = ~pending_BL.any(1)
+    if run.looks_at_state_to_revise:
+        is_idle_B &= state.step_B == state.first_step_B + state.num_steps_B
+    is_done_B = is_idle_B & ~state.is_masked_BL.any(1)
+    if len(run.stop_ids):
+        is_before_mask_BL = state.is_masked_BL.cumsum(1) == 0
+        is_done_B |= (torch.isin(state.x_BL, run.stop_ids) & ~state.is_fixed_BL & is_before_mask_BL).any(1)
+    state = replace(state, is_done_B=is_done_B)
+    entering_A = (is_idle_B & ~is_done_B).nonzero()[:, 0]
+    if len(entering_A) == 0:
+        return state
+    return _on_rows(state, entering_A, lambda part: _enter_block(run, part, batch_row_B[entering_A]))

@@ -1,8 +1,8 @@
-"""The ten samplers, each a row of names and numbers: how many, where, what, and what is undone.
+"""The samplers, each a row of names and numbers: how many, where, what, and what is undone.
 
 The names are keys of four small tables of pure functions:
     schedule       how many positions are revealed at each step      schedules.SCHEDULES
-    mask_ratio     the curve m(t) that the schedule follows          diffusion.schedule.SCHEDULES
+    mask_ratio     the curve m(t) that the schedule follows          schedules.CURVES
     selector       which masked positions are revealed               selectors.SELECTORS
     token_sampler  which id a revealed position gets                 tokens.TOKEN_SAMPLERS
     reviser        which revealed positions are masked again         schedules.REVISERS
@@ -11,11 +11,14 @@ A new member of a table is one function and one line.
 With an exact denoiser and one token a pass, an order that looks only at the state (`first_hitting`, `random`,
 `margin`, `entropy`, `entropy_bounded` with gamma 0) samples the exact law. An order that looks at the SAMPLED token
 does not: it prefers tokens that happen to be likely. On a chain of 4 tokens over 3 symbols, `low_confidence` is 0.54
-in total variation from the exact law and `maskgit` 0.09 to 0.11; on text both show as repetition. `ancestral`, `remdm`
-and all others with several tokens a pass treat these as independent; for `ancestral` that error falls as 1/num_steps.
+in total variation from the exact law and `maskgit` 0.09 to 0.11; on text both show as repetition. `ancestral`, the
+`remdm` family and all others with several tokens a pass treat these as independent; for `ancestral` that error falls
+as 1/num_steps.
 """
 
 from dataclasses import dataclass
+
+CACHES = ("none", "prefix", "dual")  # caches.py
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Sampler:
     gumbel      MaskGIT's noise on the order, times the part of the steps still to come (tau; 0 = none)
     gamma       nats that an entropy-bounded pass may reveal beyond its most uncertain position
     threshold   probability from which a position is revealed at once
+    factor      n positions are revealed at once where the n-th best id has at least 1 - factor/(n+1)
     eta         ReMDM's strength of masking again, in [0, 1)
     one_token_a_step   where nobody names a number of steps, take as many as there are tokens
     """
@@ -37,6 +41,7 @@ class Sampler:
     gumbel: float = 0.0
     gamma: float = 0.0
     threshold: float = 0.9
+    factor: float = 1.0
     eta: float = 0.0
     one_token_a_step: bool = False
 
@@ -46,10 +51,14 @@ class Sampler:
                 f"reviser {self.reviser!r} needs schedule 'independent' and selector 'due', "
                 f"not {self.schedule!r} and {self.selector!r}: only these know when a position comes back"
             )
-        if not 0 <= self.eta < 1:
-            raise ValueError(f"eta is a probability below 1, not {self.eta}")
-        if self.gamma < 0 or self.gumbel < 0:
-            raise ValueError(f"gamma and gumbel are not negative, but are {self.gamma} and {self.gumbel}")
+        if not (0 <= self.eta < 1 or (self.eta == 1 and self.reviser == "confidence")):
+            raise ValueError(f"eta is a probability below 1 (or 1 with reviser 'confidence'), not {self.eta}")
+        if min(self.gamma, self.gumbel, self.factor) < 0:
+            raise ValueError(
+                f"gamma, gumbel and factor are not negative, but are {self.gamma}, {self.gumbel} and {self.factor}"
+            )
+        if (self.reviser == "loop") != (self.mask_ratio == "plateau"):
+            raise ValueError("reviser 'loop' and mask_ratio 'plateau' belong together: it revises on the plateau")
 
 
 SAMPLERS = {
@@ -70,8 +79,16 @@ SAMPLERS = {
     "entropy_bounded": Sampler(selector="entropy_bounded", gamma=0.1, one_token_a_step=True),
     # Fast-dLLM (arXiv 2505.22618): all positions whose best id is sure enough.
     "threshold": Sampler(selector="threshold", threshold=0.9, one_token_a_step=True),
-    # ReMDM-cap (arXiv 2503.00307): ancestral, and revealed tokens are masked again now and then.
+    # Fast-dLLM's second rule: the more positions at once, the surer each must be.
+    "factor": Sampler(selector="factor", factor=1.0, one_token_a_step=True),
+    # ReMDM (arXiv 2503.00307): ancestral, and revealed tokens are masked again, here with eta a step at most.
     "remdm": Sampler(schedule="independent", reviser="cap", eta=0.008),
+    # eta times the largest probability that keeps the marginals.
+    "remdm_rescale": Sampler(schedule="independent", reviser="rescale", eta=0.015),
+    # The least probable tokens first: one position a step on average, at most.
+    "remdm_conf": Sampler(schedule="independent", reviser="confidence", eta=1.0),
+    # Nine tenths are revealed early, then rewritten at a constant mask ratio, then the rest follows.
+    "remdm_loop": Sampler(schedule="independent", mask_ratio="plateau", reviser="loop", eta=0.02),
 }
 
 

@@ -5,13 +5,17 @@ A schedule fills due_BL: one slot a masked position, holding the step of one rev
 multiset; selector `due` reads slot i as position i, the others only count how many are due.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from dlm_scale.diffusion.schedule import SCHEDULES as NOISE_SCHEDULES
 from dlm_scale.sampling.samplers import Sampler
+
+_PLATEAU = (0.55, 0.05, 0.1)  # ReMDM-loop: from which time to which, and at which mask ratio
 
 
 @dataclass(frozen=True)
@@ -21,17 +25,20 @@ class Timetable:
     m_T1            mask ratio, exactly 1 at the start and 0 at the end
     log_masked_T1   log-probability that a position masked at the start stays masked so long
     log_kept_T1     log-probability that a token revealed at the start is not masked again so long
+    sigma_T         what the revealed positions of a row share, where the reviser looks at the state; else zeros
     """
 
     m_T1: Tensor
     log_masked_T1: Tensor
     log_kept_T1: Tensor
+    sigma_T: Tensor
 
     @property
     def num_steps(self) -> int:
         return len(self.m_T1) - 1
 
 
+@lru_cache(maxsize=64)
 def timetable(sampler: Sampler, num_steps: int, device: torch.device) -> Timetable:
     """Tables of the reverse process with remasking (ReMDM eq. 4; with sigma 0, MDLM's).
 
@@ -40,17 +47,30 @@ def timetable(sampler: Sampler, num_steps: int, device: torch.device) -> Timetab
     """
     m_T1 = mask_ratios(sampler.mask_ratio, num_steps)
     m_a, m_b = m_T1[:-1], m_T1[1:]
-    sigma_T = REVISERS[sampler.reviser](m_a, m_b, sampler)
-    stays_T = ((m_b - sigma_T * (1 - m_a)) / m_a).clamp(0, 1)
-    return Timetable(m_T1.to(device), _log_products(stays_T).to(device), _log_products(1 - sigma_T).to(device))
+    reviser = REVISERS[sampler.reviser]
+    sigma_T = reviser.sigma(m_a, m_b, sampler)
+    alike_T, shared_T = (sigma_T, 0 * sigma_T) if reviser.share is None else (0 * sigma_T, sigma_T)
+    stays_T = ((m_b - alike_T * (1 - m_a)) / m_a).clamp(0, 1)
+    tables = m_T1, _log_products(stays_T), _log_products(1 - alike_T), shared_T
+    return Timetable(*(table.to(device) for table in tables))
+
+
+def plateau(t_T: Tensor) -> Tensor:
+    """Mask ratio of ReMDM-loop at time t: linear down to the plateau, flat, linear to 0."""
+    on, off, m = _PLATEAU
+    falling_T = m + (1 - m) * (t_T - on) / (1 - on)
+    return torch.where(t_T > on, falling_T, torch.where(t_T >= off, m, m * t_T / off))
+
+
+CURVES = {name: schedule.mask_ratio for name, schedule in NOISE_SCHEDULES.items()} | {"plateau": plateau}
 
 
 def mask_ratios(name: str, num_steps: int) -> Tensor:
-    """float64 m at times 1, 1-1/T, ..., 0 of a noise schedule, scaled to end points of exactly 1 and 0."""
-    if name not in NOISE_SCHEDULES:
-        raise ValueError(f"unknown mask_ratio {name!r}; choose one of: {', '.join(NOISE_SCHEDULES)}")
+    """float64 m at times 1, 1-1/T, ..., 0 of a curve, scaled to end points of exactly 1 and 0."""
+    if name not in CURVES:
+        raise ValueError(f"unknown mask_ratio {name!r}; choose one of: {', '.join(CURVES)}")
     t_T1 = 1 - torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
-    m_T1 = NOISE_SCHEDULES[name].mask_ratio(t_T1)
+    m_T1 = CURVES[name](t_T1)
     m_T1 = m_T1 / m_T1[0]
     m_T1[-1] = 0.0
     return m_T1
@@ -112,4 +132,33 @@ def rescale(m_a: Tensor, m_b: Tensor, sampler: Sampler) -> Tensor:
     return sampler.eta * _largest_sigma(m_a, m_b)
 
 
-REVISERS = {"none": no_revision, "cap": cap, "rescale": rescale}
+def loop(m_a: Tensor, m_b: Tensor, sampler: Sampler) -> Tensor:
+    """ReMDM-loop: cap, while the mask ratio stands still."""
+    return torch.where(m_a == m_b, cap(m_a, m_b, sampler), 0.0)
+
+
+def least_probable(confidence_BL: Tensor, is_revealed_BL: Tensor) -> Tensor:
+    """ReMDM-conf: softmax over the revealed positions of minus the probability that their token had when drawn."""
+    score_BL = torch.where(is_revealed_BL, -confidence_BL, -torch.inf)
+    return torch.where(is_revealed_BL, score_BL.softmax(1), 0.0)
+
+
+@dataclass(frozen=True)
+class Reviser:
+    """sigma(m_a, m_b, sampler) -> probability [T] of being masked again at each step.
+
+    Without `share` it holds for every revealed position, so waiting times can be drawn in advance. With
+    share(confidence [B, L], is_revealed [B, L]) -> parts [B, L], each has its part of sigma, drawn step by step.
+    """
+
+    sigma: Callable[[Tensor, Tensor, Sampler], Tensor]
+    share: "Callable[[Tensor, Tensor], Tensor] | None" = None
+
+
+REVISERS = {
+    "none": Reviser(no_revision),
+    "cap": Reviser(cap),
+    "rescale": Reviser(rescale),
+    "confidence": Reviser(rescale, share=least_probable),
+    "loop": Reviser(loop),
+}

@@ -66,13 +66,20 @@ def sampled_confidence(candidates: Candidates, sampler: Sampler) -> Tensor:
 def within_entropy_bound(score_BL: Tensor, sampler: Sampler) -> Tensor:
     """Longest prefix whose entropies, without the largest, add up to gamma at most (EB-sampler)."""
     entropy_BL = torch.where(score_BL.isinf(), 0.0, -score_BL)
-    bound_BL = entropy_BL.cumsum(1) - entropy_BL
+    bound_BL = torch.nn.functional.pad(entropy_BL.cumsum(1)[:, :-1], (1, 0))  # of those before, which are smaller
     return ((bound_BL <= sampler.gamma) & ~score_BL.isinf()).sum(1)
 
 
 def above_threshold(score_BL: Tensor, sampler: Sampler) -> Tensor:
     """All whose best id has at least the threshold's probability (Fast-dLLM)."""
     return (score_BL.exp() >= sampler.threshold).sum(1)
+
+
+def within_factor(score_BL: Tensor, sampler: Sampler) -> Tensor:
+    """The largest n whose n-th best id has at least probability 1 - factor/(n + 1) (Fast-dLLM)."""
+    count_L = torch.arange(1, score_BL.shape[1] + 1, device=score_BL.device)
+    # Scores fall and bounds rise: those that hold are the first ones.
+    return ((score_BL.exp() >= 1 - sampler.factor / (count_L + 1)) & ~score_BL.isinf()).sum(1)
 
 
 SELECTORS = {
@@ -83,4 +90,5 @@ SELECTORS = {
     "sampled_confidence": Selector(sampled_confidence, reads_tokens=True),
     "entropy_bounded": Selector(negative_entropy, extent=within_entropy_bound),
     "threshold": Selector(max_prob, extent=above_threshold),
+    "factor": Selector(max_prob, extent=within_factor),
 }

@@ -16,9 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-FIXED, FRESH, OLDER, MASKED = "fixed", "fresh", "older", "masked"
-_ANSI = {FIXED: "\x1b[36m{}\x1b[0m", FRESH: "\x1b[1;32m{}\x1b[0m", OLDER: "{}", MASKED: "\x1b[90m{}\x1b[0m"}
-_COLOURS = {FIXED: "#1f5fa8", FRESH: "#0b8a3c", OLDER: "#222222", MASKED: "#b8b8b8"}
+FIXED, FRESH, REVISED, OLDER, MASKED = "fixed", "fresh", "revised", "older", "masked"
+_ANSI = {
+    FIXED: "\x1b[36m{}\x1b[0m", FRESH: "\x1b[1;32m{}\x1b[0m", REVISED: "\x1b[1;35m{}\x1b[0m", OLDER: "{}",
+    MASKED: "\x1b[90m{}\x1b[0m",
+}  # fmt: skip
+_COLOURS = {FIXED: "#1f5fa8", FRESH: "#0b8a3c", REVISED: "#a3218e", OLDER: "#222222", MASKED: "#b8b8b8"}
 _DPI, _FONT_POINTS, _CHARACTER_INCHES, _LINE_INCHES = 160, 9, 12 / 160, 0.16  # hinted, its glyphs are 12 pixels wide
 _PICTURES = {i: 0x2400 + i for i in range(32) if i != 10} | {127: 0x2421} | {i: 0xFFFD for i in range(128, 160)}
 
@@ -42,8 +45,14 @@ def frame_of(state, row: int, decode: Callable[..., str], mask_char: str = "_") 
 
 
 def _statuses(state, row: int) -> list[str]:
-    flags = zip(*(flag[row].tolist() for flag in (state.is_fixed_BL, state.is_masked_BL, state.is_fresh_BL)))
-    return [FIXED if fixed else MASKED if masked else FRESH if fresh else OLDER for fixed, masked, fresh in flags]
+    """OLDER, but where a later flag holds; REVISED: has been masked again since it was first revealed."""
+    statuses = [OLDER] * state.x_BL.shape[1]
+    flags = ((FRESH, state.is_fresh_BL), (REVISED, state.is_revised_BL), (FIXED, state.is_fixed_BL),
+             (MASKED, state.is_masked_BL))  # fmt: skip
+    for status, flag_BL in flags:
+        for position in flag_BL[row].nonzero().flatten().tolist():
+            statuses[position] = status
+    return statuses
 
 
 def printable(text: str) -> str:

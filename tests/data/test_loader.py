@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -31,7 +33,7 @@ def windows(prefix):
 def test_an_epoch_is_every_window_once(dataset):
     data = open_data(str(dataset / "train"), L, seed=3)
     expected = windows(dataset / "train")
-    assert data.num_windows == len(expected) and data.vocabulary.mask_id == 256
+    assert data.num_rows == len(expected) and data.vocabulary.mask_id == 256
     rows = data.rows(np.arange(2 * len(expected)))
     assert rows.dtype == np.int64 and rows.shape == (2 * len(expected), L)
     for epoch in (rows[: len(expected)], rows[len(expected) :]):
@@ -59,7 +61,7 @@ def test_a_mixture_takes_its_shares_and_all_of_each(dataset, other):
     is_small = (data.rows(np.arange(400)) == ord("y")).any(-1)
     assert is_small.sum() == 100
     sizes = [len(windows(m.path)) for m in (big, small)]
-    assert data.num_windows == sum(sizes)
+    assert data.num_rows == sum(sizes)
     rows = data.rows(np.arange(4 * sizes[0]))  # more than one epoch of the big member
     big_rows = rows[~(rows == ord("y")).any(-1)]
     assert sorted(map(tuple, big_rows[: sizes[0]])) == sorted(map(tuple, windows(big.path)))
@@ -112,7 +114,7 @@ def test_a_bad_id_is_named_when_its_row_is_read(dataset, token, what, monkeypatc
     damage(dataset, 3 * L + 5, token)
     data = open_data(str(dataset / "train"), L, 1)
     with pytest.raises(UsageError, match=f"train.bin: token {3 * L + 5} is id {token}, {what}"):
-        data.rows(np.arange(data.num_windows))
+        data.rows(np.arange(data.num_rows))
     rows = ValidationData(dataset / "train", L)
     assert rows.rows(np.arange(3)).shape == (3, L)  # rows before it are sound
     with pytest.raises(UsageError, match=f"token {3 * L + 5} is id {token}"):
@@ -214,7 +216,24 @@ def test_a_foreign_id_anywhere_in_a_small_file_is_refused_at_open(tmp_path):
 
 def test_a_large_file_is_looked_at_in_64_places(monkeypatch):
     monkeypatch.setattr(loader, "SCANNED_TOKENS", 6400)
+    monkeypatch.setattr(loader, "STRETCH_TOKENS", 100)
     stretches = list(loader._scanned_at_open(1_000_000))
     assert len(stretches) == 64 and stretches[0][0] == 0 and stretches[-1][1] == 1_000_000
     assert all(stop - start == 100 for start, stop in stretches)
-    assert list(loader._scanned_at_open(6400)) == [(0, 6400)]
+    assert list(loader._scanned_at_open(6401))[-1] == (6301, 6401)
+    assert list(loader._scanned_at_open(6350)) == [(i, min(i + 100, 6350)) for i in range(0, 6350, 100)]
+
+
+def test_rows_of_a_large_file_are_those_of_a_small_one(dataset, monkeypatch):
+    """Other advice to the system, fewer places looked at."""
+    small = open_data(str(dataset / "train"), L, 1).rows(np.arange(50))
+    monkeypatch.setattr(loader, "SCANNED_TOKENS", 200)
+    monkeypatch.setattr(loader, "STRETCH_TOKENS", 3)
+    assert np.array_equal(open_data(str(dataset / "train"), L, 1).rows(np.arange(50)), small)
+
+
+@pytest.mark.slow
+def test_the_first_batch_of_100_gb_takes_little_memory(repository_root):
+    command = [sys.executable, "benchmarks/benchmark_loader.py", "--json", "--only", "sparse"]
+    ran = subprocess.run(command, cwd=repository_root, capture_output=True, text=True, check=True, timeout=100)
+    assert json.loads(ran.stdout.splitlines()[-1])["sparse_grown_mbytes"] < 50

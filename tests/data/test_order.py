@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dlm_scale.data.mixture import MAX_PERIOD, mix
-from dlm_scale.data.order import locate, order_key, permute
+from dlm_scale.data.order import BLOCK, locate, order_key, permute, row_of
 from dlm_scale.errors import UsageError
 
 
@@ -67,6 +67,45 @@ def test_every_epoch_holds_each_window_once_however_it_is_split():
         for rank in range(ranks):
             mine = np.arange(rank, 3 * n, ranks)
             assert np.array_equal(locate(mine, n, seed)[1], window_S[mine])
+
+
+def samples_of(ranks: int, rank: int, accumulation: int, micro: int, steps: int) -> np.ndarray:
+    """Every sample that a rank asks for, micro-batch by micro-batch, as the train step does."""
+    per_step = np.arange(steps * accumulation * ranks * micro).reshape(steps, accumulation, ranks, micro)
+    return per_step[:, :, rank].reshape(-1, micro)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_three_epochs_of_a_million_windows_lose_and_repeat_none(ranks, accumulation):
+    n, seed, batch = 10**6, 3, 100_000
+    visits = np.zeros(3 * n, dtype=bool)
+    for rank in range(ranks):
+        for sample_B in samples_of(ranks, rank, accumulation, batch // (ranks * accumulation), 3 * n // batch):
+            visits[sample_B // n * n + row_of(sample_B, n, seed)] = True
+    assert visits.all()  # by 3 n samples: each by one
+
+
+def test_places_found_in_blocks_are_those_of_the_law():
+    for n in (3, BLOCK - 1, BLOCK, 3 * BLOCK + 17, 10**12):
+        for first in (0, BLOCK - 3, BLOCK, 2 * BLOCK + 5, 10**13):
+            sample_B = np.arange(first, first + 40)
+            for index_B in (sample_B, sample_B[::-3], sample_B + 7 * BLOCK):
+                assert np.array_equal(row_of(index_B, n, 5, 2), locate(index_B, n, 5, 2)[1])
+
+
+def test_a_mixture_of_a_million_samples_is_exact_to_one_on_any_ranks():
+    weights, num_samples = [0.7, 0.2, 0.1], 10**6
+    schedule = mix(weights)
+    counts = np.zeros(3, dtype=int)
+    seen = np.zeros((3, num_samples), dtype=bool)
+    for rank in range(4):
+        member, own = schedule.locate(np.arange(rank, num_samples, 4))
+        assert not seen[member, own].any()
+        seen[member, own] = True
+        counts += np.bincount(member, minlength=3)
+    assert np.abs(counts - np.array(weights) * num_samples).max() <= 1
+    assert all(seen[k, : counts[k]].all() for k in range(3))
 
 
 @pytest.mark.parametrize(

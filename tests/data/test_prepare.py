@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -10,25 +11,12 @@ import numpy as np
 import pytest
 
 from dlm_scale.data import prepare as module
-from dlm_scale.data.indexed import IndexedDataset
 from dlm_scale.data.loader import ValidationData
-from dlm_scale.data.meta import read_meta
 from dlm_scale.data.prepare import prepare
 from dlm_scale.data.sources import open_source
-from dlm_scale.data.tokenizer import load_tokenizer
 from dlm_scale.errors import UsageError
 
-from .conftest import write_jsonl
-
-
-def texts_of(folder, name):
-    meta = read_meta(folder / "meta.json")
-    made, data = load_tokenizer(folder, meta), IndexedDataset(folder / name)
-    return [made.decode(data.document(i)) for i in range(data.num_documents)]
-
-
-def snapshot(folder):
-    return {p.name: p.read_bytes() for p in folder.iterdir()}
+from .conftest import snapshot, texts_of, write_jsonl
 
 
 def test_tinyshakespeare_splits_90_10(shared_data, tmp_path):
@@ -167,7 +155,7 @@ def test_progress_is_told_now_and_then(tmp_path, documents, monkeypatch, capsys)
     write_jsonl(tmp_path / "a.jsonl", documents)
     monkeypatch.setattr(module, "PROGRESS_SECONDS", 0.0)
     prepare(str(tmp_path / "a.jsonl"), "byte", tmp_path / "D")
-    assert "prepare: 300 documents, 0.0 MB" in capsys.readouterr().err
+    assert re.search(r"prepare: 300 documents, 0.0 MB, [\d.]+ MB/s, 0:00:00 left", capsys.readouterr().err)
     monkeypatch.setattr(module, "PROGRESS_SECONDS", 5.0)
     prepare(str(tmp_path / "a.jsonl"), "byte", tmp_path / "D", overwrite=True)
     assert capsys.readouterr().err == ""

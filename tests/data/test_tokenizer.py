@@ -213,3 +213,44 @@ def test_loading_refuses_other_numbers_and_no_tokenizer(tmp_path):
     none = block | {"tokenizer": {"kind": "none", "files": [], "hash": ""}}
     with pytest.raises(UsageError, match="synthetic"):
         load_tokenizer(tmp_path, none)
+
+
+CHAT = ("<|im_start|>", "<|im_end|>", "<|delete|>")
+
+
+@pytest.mark.parametrize("kind", ["byte", "char", "gpt2", "hf"])
+def test_special_tokens_stand_behind_text_and_no_text_becomes_one(kind, tmp_path, request):
+    spec = kind
+    if kind == "gpt2":
+        spec = str(request.getfixturevalue("shared_data")("gpt2.tiktoken"))
+    if kind == "hf":
+        spec = str(hf_file(tmp_path, {"[UNK]": 0, "a": 1, "dog": 2}, ["[UNK]"]))
+    text = "a dog" + "".join(sorted(set("".join(CHAT))))
+    plain, made = make_tokenizer(spec, [text]), make_tokenizer(spec, [text], CHAT)
+    assert tuple(made.special_ids) == CHAT and not plain.special_ids and plain.hash != made.hash
+    assert made.vocabulary.size == plain.vocabulary.size + 3 and made.vocabulary.mask_id == made.vocabulary.size - 1
+    assert np.array_equal(made.encode("a dog"), plain.encode("a dog")) and made.eos_id == plain.eos_id or kind == "hf"
+    start, end, _ = made.special_ids.values()
+    if kind != "hf":
+        assert not set(made.encode("".join(CHAT)).tolist()) & set(made.special_ids.values())
+    ids = [start, *made.encode("a"), made.vocabulary.mask_id, end]
+    assert made.decode(ids).replace(" ", "") == "<|im_start|>a_<|im_end|>"
+    made.save(tmp_path)
+    again = load_tokenizer(tmp_path, made.meta)
+    assert again.hash == made.hash and again.special_ids == made.special_ids
+    (tmp_path / "special_tokens.json").write_text(json.dumps([*CHAT[:2], "<|other|>"]))
+    with pytest.raises(UsageError, match="not the one that its meta describes"):
+        load_tokenizer(tmp_path, made.meta)
+
+
+def test_special_tokens_of_a_tokenizer_file_keep_their_ids(tmp_path):
+    words = {"[UNK]": 0, "[MASK]": 1, "[SEP]": 2, "a": 3}
+    spec = str(hf_file(tmp_path, words, ["[UNK]", "[MASK]", "[SEP]"]))
+    made = make_tokenizer(spec, special_tokens=["[SEP]", "<|im_end|>"])
+    assert made.special_ids == {"[SEP]": 2, "<|im_end|>": 4} and made.vocabulary.mask_id == 1
+
+
+@pytest.mark.parametrize("names", [["a"], ["<a b>"], ["<x>", "<x>"], [""], ["<" + "x" * 99 + ">"], ["<x>"] * 999])
+def test_names_that_are_no_special_tokens(names):
+    with pytest.raises(UsageError, match="special tokens"):
+        make_tokenizer("byte", special_tokens=names)

@@ -70,6 +70,11 @@ MODELS = {  # names of model variants: what they change
     "gelu": {"model__mlp": "gelu", "model__logit_softcap": 2.0, "diffusion__z_loss": 0.1},
     "adaln": {"model__tied": True, "model__time_conditioning": "adaln"},
     "packed": {"model__time_conditioning": "adaln", "data__random_length_share": 0.5},  # see data_of
+    "modern": {"model__norm": "layernorm", "model__mlp": "geglu", "model__embedding_norm": "first", "model__window": 3,
+               "model__global_every": 2, "model__head_transform": True, "model__logit_shift": True,
+               "data__random_length_share": 0.5},
+    "post": {"model__norm": "layernorm", "model__norm_bias": True, "model__norm_placement": "post",
+             "model__embedding_norm": "extra", "model__mlp": "gelu_tanh", "model__head_transform": True},
     "chars": {"data__synthetic_vocab_size": 37},  # all ranks but the first hold padding alone
     "recompute": {"train__activation_checkpoint_every": 1},
 }

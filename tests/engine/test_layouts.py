@@ -18,13 +18,15 @@ STEPS, TOLERANCE = 10, 1e-5
 
 
 def covering(tensor: int, data: int, turn: int) -> list[Case]:
-    """Every stage with both accumulations; sequence parallelism and model variants take turns."""
+    """Every stage with both accumulations; sequence parallelism and model variants take turns, what is left of them last."""
     names = list(MODELS)
-    return [
+    cases = [
         Case(stage, tensor, data, accumulation, tensor > 1 and bool((stage + accumulation + turn) % 2),
              names[(2 * stage + accumulation + turn) % len(names)])
         for stage, accumulation in itertools.product(range(4), (1, 2))
     ]
+    left = [name for name in names if name not in {case.model for case in cases}]
+    return cases + [Case(3, tensor, data, 1, tensor > 1, name) for name in left]
 
 
 WORLDS = {

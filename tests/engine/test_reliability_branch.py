@@ -96,7 +96,7 @@ def test_a_state_that_does_not_fit_is_refused(override, named, whole, config_fil
 
 
 def test_which_keys_change_the_result():
-    from dlm_scale.config import is_result_neutral
+    from dlm_scale.config_compare import is_result_neutral
 
     for key in ("train.branch_from", "train.async_save", "train.max_bad_steps", "train.hang_timeout_seconds"):
         assert is_result_neutral(key)

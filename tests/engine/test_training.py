@@ -13,7 +13,7 @@ from dlm_scale.checkpoint.reader import open_checkpoint
 from dlm_scale.engine.run_folder import Metrics, read_metrics
 from tests.forked import run_ranks
 
-VOLATILE = ("tokens_per_second", "mfu", "seconds")
+VOLATILE = ("tokens_per_second", "mfu", "data_wait", "seconds")
 
 
 def run(config_file, out, *overrides, ranks=1):

@@ -20,7 +20,7 @@ from dlm_scale.data.prepare import prepare
 from tests.forked import free_port
 
 SECONDS = 90.0
-VOLATILE = ("tokens_per_second", "mfu", "seconds", "rank_seconds", "slowest_rank")
+VOLATILE = ("tokens_per_second", "mfu", "data_wait", "seconds", "rank_seconds", "slowest_rank")
 CONFIG = """
 model: {{num_layers: 4, hidden_size: {width}, num_heads: 4, seq_len: 32}}
 data: {{train: {folder}/data/train, validation: {folder}/data/val}}

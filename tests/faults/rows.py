@@ -12,7 +12,7 @@ from tests.faults.figures import Figure
 from tests.faults.shim import NoCompiler, preloaded
 
 
-def training_rows(folder: Path, seconds: float = 1200, width: int = 32, seed: int = 0, **counts: int) -> dict[str, Figure]:
+def training_rows(folder: Path, seconds: float = 3600, width: int = 32, seed: int = 0, **counts: int) -> dict[str, Figure]:
     """`counts`: row -> number of cases. Raises NoCompiler for those that need the shim where there is none."""
     try:
         environment = preloaded()

@@ -14,7 +14,7 @@ from dlm_scale.data.vocabulary import Vocabulary
 from dlm_scale.model.transformer import Transformer
 
 BOUNDS = torch.tensor([0, 3, 10, 11, 20], dtype=torch.int32)  # two rows of 10; one document of a single position
-MASKS = [ops.Full(), ops.Causal(), ops.Blocks(4), ops.Segments(BOUNDS)]
+MASKS = [ops.Full(), ops.Causal(), ops.Blocks(4), ops.Segments(BOUNDS), ops.Lookahead(3)]
 
 
 def inputs(heads: int = 4, kv_heads: int = 2, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -23,7 +23,11 @@ def inputs(heads: int = 4, kv_heads: int = 2, dtype: torch.dtype = torch.float32
     return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
 
 
-def sees(mask: ops.AttentionMask, row: int, query: int, key: int) -> bool:
+def sees(mask: ops.AttentionMask, row: int, query: int, key: int, window: int = 10) -> bool:
+    if abs(query - key) > window:
+        return False
+    if isinstance(mask, ops.Lookahead):
+        return key <= query + mask.size
     if isinstance(mask, ops.Segments):
         return not any(row * 10 + min(query, key) < bound <= row * 10 + max(query, key) for bound in BOUNDS.tolist())
     if isinstance(mask, ops.Full):
@@ -32,20 +36,31 @@ def sees(mask: ops.AttentionMask, row: int, query: int, key: int) -> bool:
     return key // size <= query // size
 
 
-def oracle(q, k, v, mask) -> torch.Tensor:
+def oracle(q, k, v, mask, window: int = 10) -> torch.Tensor:
     """One softmax at a time, in float64."""
     q, k, v = (x.double() for x in (q, k, v))
     share = q.shape[2] // k.shape[2]
     rows = []
     for b in range(2):
         for i in range(10):
-            keys = [j for j in range(10) if sees(mask, b, i, j)]
+            keys = [j for j in range(10) if sees(mask, b, i, j, window)]
             heads = []
             for h in range(q.shape[2]):
                 p = torch.softmax(k[b, keys, h // share] @ q[b, i, h] / q.shape[3] ** 0.5, 0)
                 heads.append(p @ v[b, keys, h // share])
             rows.append(torch.stack(heads))
     return torch.stack(rows).view(q.shape)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "eager"])
+def test_a_window_leaves_the_near_keys_of_every_mask(mask, backend):
+    tensors = inputs()
+    found = with_gradients(lambda *qkv: ops.attention(*qkv, mask, backend, 2), tensors)
+    for a, b in zip(found, with_gradients(lambda *qkv: oracle(*qkv, mask, 2), tensors)):
+        torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ops.BackendError, match="has no window"):
+        ops.attention(*tensors, mask, "flash_attn_2", 2)
 
 
 def with_gradients(function, tensors) -> list[torch.Tensor]:
@@ -103,7 +118,7 @@ def calls(monkeypatch) -> list[dict]:
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_every_adapter_is_the_oracle(name, mask, kv_heads, calls):
     assert_is_the_oracle(ops.ATTENTION_BACKENDS[name].run, inputs(kv_heads=kv_heads), mask)
-    if isinstance(mask, ops.Segments) and name != "sdpa":
+    if isinstance(mask, ops.Segments) and name not in ("sdpa", "eager"):
         bounds = calls[0]["bounds"]
         assert bounds.dtype == torch.int32 and bounds.tolist() == BOUNDS.tolist() and calls[0]["max"] == (10, 10)
         assert calls[0].get("window", (-1, -1)) == (-1, -1) and not calls[0].get("causal")

@@ -164,7 +164,8 @@ def test_the_cap_of_the_logits_is_in_every_reading_of_the_head(softcap):
     ask = SimpleNamespace(xt_BL=x_BL, m_B=None, rows_N=rows, target_N=target_N, weight_N=torch.ones(24), attention=None,
                           to=lambda device: ask)
     assert torch.equal(cross_entropy_fn(model, torch.device("cpu"))(ask), ce_N)
-    made_for = Inference(model, None, SimpleNamespace(vocabulary=LAST), None, torch.device("cpu"), None, "param")
+    config, meta = SimpleNamespace(objective=SimpleNamespace(kind="masked")), SimpleNamespace(vocabulary=LAST)
+    made_for = Inference(model, config, meta, None, torch.device("cpu"), None, "param")
     assert torch.equal(made_for.predict(x_BL, rows), log_probs)
 
 

@@ -34,12 +34,14 @@ def test_every_config_builds_on_the_meta_device(path):
 # name, parameters as printed, training GFLOP a token as printed (docs/maths.md has the formula)
 @pytest.mark.parametrize("stem, parameters, places, gflops", [
     ("owt_124m", 123.6e6, 0.06e6, 0.739), ("owt_350m", 360e6, 0.6e6, 2.306), ("llada_1b", 1439e6, 1e6, 8.92),
-    ("llada_8b", 8015e6, 1e6, 49.9), ("dlm_70b", 70.6e9, 0.06e9, 478),
+    ("llada_8b", 8015e6, 1e6, 49.9), ("dlm_70b", 70.6e9, 0.06e9, 478), ("modernbert_149m", 149.6e6, 0.06e6, None),
 ])
 def test_sizes_are_the_published_ones(stem, parameters, places, gflops):
     config = load_config(next(p for p in CONFIGS if p.stem == stem))
     vocabulary = vocabulary_of(config)
     assert abs(count_parameters(config.model, vocabulary) - parameters) <= places
+    if gflops is None:  # attention of many lengths
+        return
     found = flops_per_token(config.model, vocabulary, attended_length=config.model.seq_len) / 1e9
     assert found == pytest.approx(gflops, rel=2e-3)
 

@@ -7,7 +7,7 @@ import torch
 
 from dlm_scale.sampling import SAMPLERS, Sampler
 
-ROWS = 150_000  # two exact samples of this size are 0.007 apart in total variation
+ROWS = 150_000  # two exact samples of this size are 0.007 apart in total variation; `slow` takes 200,000
 
 EXACT = {
     "first_hitting": "first_hitting",
@@ -16,6 +16,7 @@ EXACT = {
     "margin": "margin",
     "entropy_bounded with gamma 0": replace(SAMPLERS["entropy_bounded"], gamma=0.0),
     "threshold above 1": replace(SAMPLERS["threshold"], threshold=1.1),
+    "factor of 0": replace(SAMPLERS["factor"], factor=0.0),
 }
 
 
@@ -24,6 +25,16 @@ def test_one_token_a_pass_samples_the_exact_law(chain, name):
     made = chain.sample(ROWS, EXACT[name], num_steps=4)
     assert chain.distance(made.ids_BL) < 0.01
     assert made.nfe_B.unique().tolist() == [4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"block_size": 2}, {"block_size": 3}], ids=["whole", "blocks", "uneven"])
+@pytest.mark.parametrize("name", EXACT)
+def test_one_token_a_pass_samples_the_exact_law_in_blocks_too(chain, name, settings):
+    for seed in (3, 4):
+        made = chain.sample(200_000, EXACT[name], num_steps=4, seed=seed, **settings)
+        assert chain.distance(made.ids_BL) < 0.01
+        assert made.nfe_B.unique().tolist() == [4]
 
 
 def test_the_law_is_far_from_what_a_broken_sampler_could_give(chain):
@@ -45,6 +56,20 @@ def test_masking_again_keeps_the_law_in_the_limit(chain, steps, expected):
     assert float(made.nfe_B.double().mean()) > 4.2
 
 
+@pytest.mark.parametrize("name, eta, expected", [("remdm_rescale", 0.3, 0.048), ("remdm_loop", 0.02, 0.048),
+                                                 ("remdm_conf", 1.0, 0.086)])  # fmt: skip
+def test_the_other_revisions_are_near_the_law_in_16_steps(chain, name, eta, expected):
+    made = chain.sample(40_000, replace(SAMPLERS[name], eta=eta), 16)
+    assert chain.distance(made.ids_BL) == pytest.approx(expected, abs=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, expected", [("remdm_rescale", 0.01), ("remdm_loop", 0.01), ("remdm_conf", 0.022)])
+def test_the_other_revisions_reach_the_law(chain, name, expected):
+    made = chain.sample(100_000, name, 256)
+    assert chain.distance(made.ids_BL) < 1.2 * expected and float(made.nfe_B.double().mean()) > 7
+
+
 @pytest.mark.parametrize(
     "name, sampler, expected",
     [
@@ -62,8 +87,12 @@ def test_identities_between_samplers(chain):
         return chain.sample(2000, sampler, steps).ids_BL
 
     assert ids(replace(SAMPLERS["threshold"], threshold=1.1)).equal(ids(Sampler(selector="max_prob")))
+    assert ids(replace(SAMPLERS["factor"], factor=0.0)).equal(ids(Sampler(selector="max_prob")))
     assert ids(replace(SAMPLERS["entropy_bounded"], gamma=0.0)).equal(ids("entropy"))
     assert ids(replace(SAMPLERS["remdm"], eta=0.0), 16).equal(ids("ancestral", 16))
+    for name in ("remdm_rescale", "remdm_conf"):
+        assert ids(replace(SAMPLERS[name], eta=0.0), 16).equal(ids("ancestral", 16))
+        assert not ids(name, 16).equal(ids("ancestral", 16))
     assert not ids(replace(SAMPLERS["remdm"], eta=0.3), 16).equal(ids("ancestral", 16))
     assert not ids("entropy").equal(ids("margin"))
 

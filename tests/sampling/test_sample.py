@@ -23,16 +23,17 @@ def dlm_sample(monkeypatch, capsys):
     tokenizer = make_tokenizer("char", [TEXT])
     calls = []
 
-    def predict(x_BL, rows_N, attention=None):
+    def predict(x_BL, rows_N, attention=None, cache=None):
         calls.append(len(x_BL))
+        assert x_BL.shape[1] <= 64
         table = torch.randn(97, 30, generator=torch.Generator().manual_seed(0))
         table[:, tokenizer.vocabulary.mask_id] = -torch.inf
         code_B = x_BL.sum(1)
         return torch.log_softmax(table[(code_B[rows_N // x_BL.shape[1]] + rows_N % x_BL.shape[1]) % 97], -1)
 
     inference = types.SimpleNamespace(
-        predict=predict, tokenizer=tokenizer, seq_len=64, step=7, device=torch.device("cpu"), default_num_steps=5,
-        default_sampler="ancestral", calls=calls,
+        predict=predict, tokenizer=tokenizer, vocabulary=tokenizer.vocabulary, seq_len=64, step=7,
+        device=torch.device("cpu"), default_num_steps=5, default_sampler="ancestral", calls=calls,
     )  # fmt: skip
     fake = types.ModuleType("dlm_scale.inference")
     fake.load_for_inference = lambda path, device="auto": inference
@@ -142,9 +143,48 @@ def test_a_terminal_sees_it_live(dlm_sample, monkeypatch):
     assert all(text in terminal.getvalue() for text in still.getvalue().split("---------------\n"))
 
 
+def test_blocks_go_beyond_the_context(dlm_sample):
+    flags = ("--prompt=hello ", "--max_new_tokens=150", "--block_size=16", "--num_samples=2", "--json")
+    report = as_json(dlm_sample(*flags))
+    assert report["num_steps"] == 150 and report["block_size"] == 16 and report["context"] == 64
+    assert all(len(s["text"]) == 156 and s["text"].startswith("hello ") for s in report["samples"])
+    few = as_json(dlm_sample(*flags, "--sampler=threshold", "--steps=20", "--cache=prefix", "--refresh_every=2"))
+    assert all(s["nfe"] == 20 for s in few["samples"])
+    cut = as_json(dlm_sample(*flags, "--sampler=random", "--stop_token=e"))["samples"]
+    assert all("e" not in s["text"][6:] and len(s["tokens"]) < 156 for s in cut)
+
+
+def test_guidance_and_biases(dlm_sample):
+    flags = ("--prompt=hello ", "--max_new_tokens=30", "--sampler=low_confidence", "--steps=10", "--json")
+    plain, guided = (as_json(dlm_sample(*flags, *more))["samples"] for more in ((), ("--guidance=2",)))
+    assert [s["nfe"] for s in guided] == [20] * 3 and plain[0]["nfe"] == 10
+    assert not {s["text"] for s in guided} & {s["text"] for s in plain}
+    banned = dlm_sample(*flags, "--logit_bias=e=-inf", r"--logit_bias=\n=-inf", "--confidence_bias=a=-3.5")
+    report = as_json(banned)
+    assert not {c for s in report["samples"] for c in s["text"][6:]} & {"e", "\n"}
+    assert list(report["confidence_bias"].values()) == [-3.5] and "Infinity" not in banned
+    assert list(report["logit_bias"].values()) == ["-inf"] * 2
+
+
+def test_revised_tokens_have_their_own_colour(dlm_sample, tmp_path):
+    dlm_sample(f"--html={tmp_path / 'a.html'}", "--sampler=remdm_conf", "--steps=60", "--max_new_tokens=12")
+    page = (tmp_path / "a.html").read_text(encoding="utf-8")
+    assert page.count('<span class="revised">') > 1  # the legend has one
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
+        (["--cache=dual"], "--cache dual keeps keys within a block: name one with --block_size"),
+        (["--block_size=4", "--refresh_every=3"], "--refresh_every needs --cache"),
+        (["--block_size=65", "--max_new_tokens=90"], "cannot sample: rows of 90 positions are longer.*of at most 64"),
+        (["--block_size=8", "--max_new_tokens=90", "--steps=5"], "12 blocks need 12 steps at least, not 5"),
+        (["--block_size=8", "--max_new_tokens=2000000"], "the limit .* is 1048576: shorten by 951424"),
+        (["--confidence_bias=a=1"], "cannot sample: confidence_bias needs an order by score"),
+        (["--confidence_bias=a"], "'a' is not TOKEN=VALUE"),
+        (["--logit_bias=a=inf"], "'a=inf' is not TOKEN=VALUE"),
+        (["--logit_bias=ab=1"], "--logit_bias 'ab' is 2 tokens"),
+        (["--guidance=-1"], "--guidance must be between 0"),
         (["--max_new_tokens=100", "--prompt=abc"], r"prompt \(3 tokens\).*\(100\) = 103 tokens.* 64: shorten by 39"),
         (["--infill=a<mask:90>"], "91 tokens.*64: shorten by 27"),
         (["--sampler=ancestrel"], "'ancestrel'.*did you mean 'ancestral'"),
@@ -178,4 +218,4 @@ def test_help_and_the_list_of_samplers_import_nothing_heavy():
         "print(sorted({'torch', 'numpy', 'matplotlib'} & set(sys.modules)), len(SAMPLERS))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.split() == ["[]", "10"]
+    assert result.stdout.split() == ["[]", "14"]

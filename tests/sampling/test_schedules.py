@@ -1,10 +1,13 @@
 """How many and when: reveal times against closed forms."""
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 
 from dlm_scale.diffusion.schedule import SCHEDULES as NOISE_SCHEDULES
-from dlm_scale.sampling import Sampler
+from dlm_scale.sampling import SAMPLERS, Sampler
 from dlm_scale.sampling.schedules import REVISERS, SCHEDULES, timetable, waiting_step
 
 CPU = torch.device("cpu")
@@ -79,4 +82,40 @@ def test_revisers_need_a_schedule_that_knows_positions():
         Sampler(reviser="cap", eta=0.1)
     with pytest.raises(ValueError, match="eta"):
         Sampler(schedule="independent", reviser="cap", eta=1.0)
-    assert set(REVISERS) == {"none", "cap", "rescale"}
+    with pytest.raises(ValueError, match="eta"):
+        Sampler(schedule="independent", reviser="confidence", eta=1.1)
+    with pytest.raises(ValueError, match="belong together"):
+        Sampler(schedule="independent", reviser="loop", eta=0.1)
+    assert set(REVISERS) == {"none", "cap", "rescale", "confidence", "loop"}
+
+
+def test_the_loop_falls_stands_still_and_falls_again():
+    """ReMDM-loop: nine tenths are revealed by time .55, then the share of masks stands until .05."""
+    table = timetable(replace(SAMPLERS["remdm_loop"], eta=0.05), 40, CPU)
+    time_T1 = 1 - torch.arange(41, dtype=torch.float64) / 40
+    assert table.m_T1[(time_T1 <= 0.55 + 1e-9) & (time_T1 >= 0.05)].tolist() == pytest.approx([0.1] * 21)
+    assert float(table.m_T1[9]) == pytest.approx(1 - 0.9 * 9 / 18) and float(table.m_T1[39]) == pytest.approx(0.05)
+    masked, undone = 1.0, []
+    for step in range(1, 41):
+        stays, kept = (waits(log_T1, step) for log_T1 in (table.log_masked_T1, table.log_kept_T1))
+        masked = masked * stays + (1 - masked) * (1 - kept)
+        assert masked == pytest.approx(float(table.m_T1[step]), abs=4e-4)
+        undone.append(1 - kept)
+    on_plateau = [step for step in range(1, 41) if table.m_T1[step] == table.m_T1[step - 1]]
+    assert len(on_plateau) == 20
+    expected = [0.05 if step in on_plateau else 0.0 for step in range(1, 41)]
+    assert undone == pytest.approx(expected, abs=2e-4)
+
+
+def test_the_least_probable_share_the_most_of_the_revision():
+    confidence_BL = torch.tensor([[0.2, 0.9, 0.5, 0.0], [0.3, 0.3, 0.0, 0.0]], dtype=torch.float64)
+    is_revealed_BL = torch.tensor([[True, True, True, False], [True, True, False, False]])
+    share_BL = REVISERS["confidence"].share(confidence_BL, is_revealed_BL)
+    weights = [math.exp(-0.2), math.exp(-0.9), math.exp(-0.5), 0]
+    assert share_BL[0].tolist() == pytest.approx([weight / sum(weights) for weight in weights])
+    assert share_BL[1].tolist() == [0.5, 0.5, 0, 0]
+    nothing_BL = REVISERS["confidence"].share(confidence_BL, torch.zeros_like(is_revealed_BL))
+    assert nothing_BL.eq(0).all()
+    table = timetable(SAMPLERS["remdm_conf"], 8, CPU)
+    assert table.log_kept_T1.eq(0).all() and table.sigma_T[-1] == 0
+    assert table.sigma_T.tolist() == pytest.approx([1, 1, 1, 1, 0.75, 0.4, 1 / 6, 0])  # min(1, m_b / (1 - m_a))

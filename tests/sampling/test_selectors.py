@@ -52,3 +52,15 @@ def test_threshold_counts_the_sure_ones():
     for threshold, count in ((0.9, 2), (0.5, 3), (1.1, 0)):
         sampler = replace(SAMPLERS["threshold"], threshold=threshold)
         assert SELECTORS["threshold"].extent(score_BL, sampler).tolist() == [count]
+
+
+@pytest.mark.parametrize("factor, counts", [(0.0, [0, 2]), (0.05, [1, 2]), (0.4, [2, 2]), (1.0, [3, 2]), (4.0, [4, 2])])
+def test_the_factor_asks_more_of_more_positions(factor, counts):
+    """The largest n with p_(n) >= 1 - factor/(n+1), by trying every n."""
+    rows = [[0.98, 0.9, 0.8, 0.3], [1.0, 1.0, 0.0, 0.0]]
+    score_BL = torch.tensor(rows, dtype=torch.float64).log()
+    for row, count in zip(rows, counts):
+        holds = [n for n in range(1, 5) if row[n - 1] > 0 and row[n - 1] >= 1 - factor / (n + 1)]
+        assert max(holds, default=0) == count
+    sampler = replace(SAMPLERS["factor"], factor=factor)
+    assert SELECTORS["factor"].extent(score_BL, sampler).tolist() == counts

@@ -6,7 +6,7 @@ import torch
 
 from dlm_scale.sampling import stream
 from dlm_scale.sampling.strip import (
-    FIXED, FRESH, MASKED, OLDER, Frame, Screen, frame_of, pick, printable, render_strip, save_strip_html,
+    FIXED, FRESH, MASKED, OLDER, REVISED, Frame, Screen, frame_of, pick, printable, render_strip, save_strip_html,
     save_strip_png, wrap,
 )  # fmt: skip
 
@@ -33,6 +33,25 @@ def test_frames_show_every_position_once_with_its_status():
         for status, text in frame.spans:
             lengths[status] += len(text)
         assert lengths == {FIXED: 2, FRESH: min(number, 1), OLDER: max(number - 1, 0), MASKED: 4 - number}
+
+
+def test_tokens_that_were_masked_again_are_shown_as_revised():
+    def predict(x_BL, rows_N):
+        return torch.tensor([0.5, 0.5, 0.0]).log().expand(len(rows_N), -1)
+
+    x_BL, was_revealed_L, revised_L = torch.zeros(1, 12, dtype=torch.long), torch.zeros(12) > 0, torch.zeros(12) > 0
+    for state in stream(
+        predict, x_BL, torch.arange(12)[None] < 2, sampler="remdm_conf", num_steps=40, seed=1, request_hashes=[1],
+        sample_indices=[0], mask_id=2,
+    ):  # fmt: skip
+        is_masked_L = state.is_masked_BL[0]
+        revised_L |= was_revealed_L & is_masked_L
+        was_revealed_L |= ~is_masked_L & ~state.is_fixed_BL[0]
+        spans = frame_of(state, 0, lambda ids: "".join("xy"[i] for i in ids), "?").spans
+        shown = [status for status, text in spans for _ in text]
+        assert [status == REVISED for status in shown] == (revised_L & ~is_masked_L).tolist()
+        assert [status == MASKED for status in shown] == is_masked_L.tolist()
+    assert revised_L.sum() > 3
 
 
 def test_wrapping_keeps_the_text_and_its_colours():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dlm_scale.sampling import Sampler, generate
-from dlm_scale.sampling.tokens import argmax, inverse_cdf, sample_tokens
+from dlm_scale.sampling.tokens import _is_nucleus, argmax, inverse_cdf, sample_tokens
 
 PROBS = torch.tensor([0.1, 0.4, 0.0, 0.2, 0.3])
 
@@ -52,6 +52,19 @@ def test_an_impossible_id_is_never_drawn():
     assert inverse_cdf(log_probs_NV, extremes_N, 1.0, 0, 1.0).tolist() == [1, 1, 1]
     with pytest.raises(ValueError, match="possible id"):
         sample_tokens(argmax, torch.full((1, 3), math.nan), torch.zeros(1), 0.0, 0, 1.0)
+
+
+@pytest.mark.parametrize("top_p", [0.1, 0.9, 0.999])
+def test_the_nucleus_of_a_large_vocabulary_is_exact_in_float32(top_p):
+    """Zipf over 126,464 ids in any order: the fewest likeliest ids that reach top_p, as float64 counts them."""
+    zipf_V = 1 / torch.arange(1, 126_465, dtype=torch.float64)
+    reached_V = (zipf_V / zipf_V.sum()).cumsum(0)
+    order_V = torch.randperm(126_464, generator=torch.Generator().manual_seed(0))
+    log_probs_1V = (zipf_V / zipf_V.sum()).log().float()[order_V][None]
+    kept = _is_nucleus((log_probs_1V - log_probs_1V.amax()).exp(), top_p)
+    expected = int((reached_V < top_p).sum()) + 1
+    assert abs(int(kept.sum()) - expected) <= 2
+    assert kept[0][order_V <= expected - 3].all()
 
 
 def test_blocks_of_rows_change_nothing(monkeypatch):
