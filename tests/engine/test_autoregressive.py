@@ -69,6 +69,7 @@ def test_what_is_not_maskable_is_read_and_carries_no_loss():
     ({"diffusion__schedule": "cosine", "diffusion__weighting": "elbo"}, "diffusion.schedule"),
     ({"diffusion__weighting": "simple"}, "diffusion.weighting"),
     ({"data__random_length_share": 0.1}, "data.random_length_share"),
+    ({"data__packing": "best_fit", "data__train": "somewhere"}, "data.packing"), ({"model__logit_shift": True}, "logit_shift"),
 ])  # fmt: skip
 def test_what_has_no_meaning_is_refused(bad, words):
     with pytest.raises(UsageError, match=words):
