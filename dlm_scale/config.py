@@ -299,8 +299,9 @@ def _autoregressive_problems(config: Config) -> Iterator[Problem]:
             yield f"diffusion.{key}", f"= {value} {why}: leave it out"
     if config.model.logit_shift:
         yield "model.logit_shift", f"= true {why}: the twin is moved by one already; set false"
-    if config.data.random_length_share:
-        yield "data.random_length_share", f"= {config.data.random_length_share} {why}: every prefix is learnt; set 0"
+    for key, default in (("random_length_share", 0.0), ("packing", "none")):  # segments that are causal inside
+        if (value := getattr(config.data, key)) != default:
+            yield f"data.{key}", f"= {value} is not there under objective.kind = autoregressive: set {default}"
 
 
 def _model_problems(config: Config) -> Iterator[Problem]:

@@ -51,7 +51,7 @@ def _add_text_arguments(group: Any) -> None:
     add("--samples", metavar="FILE", help="score these samples: JSON Lines with text and, if there, tokens and nfe")
     add("--generate", type=int, metavar="N", help="score N samples made now, by --sampler in --steps")
     add("--sampler", default="ancestral", help="of --generate (default ancestral; autoregressive: left_to_right)")
-    add("--sweep", metavar="S1,S2", help="samplers: quality against passes, for all of --steps, to OUT.png and OUT.json")
+    add("--sweep", metavar="S1,S2", help="samplers: quality against passes at all --steps, to OUT.png and OUT.json")
     add("--steps", default="0", metavar="N1,N2", help="most passes a sample; 0: as many as tokens (default 0)")
     add("--length", type=int, help="tokens a sample (default: the context length)")
     add("--temperature", type=float, default=1.0)

@@ -86,8 +86,9 @@ class Inference:
 
         num_masked_before_BL = is_masked_BL.cumsum(1) - is_masked_BL.long()
         if attention is not None or bool((num_masked_before_BL.flatten()[rows_N] > 0).any()):
-            raise UsageError(f"{self.checkpoint.path} is autoregressive: it predicts a token from all those before it, so "
-                             "it can only fill from left to right; give it a sampler that does, or a masked checkpoint")
+            raise UsageError(f"{self.checkpoint.path} is autoregressive: it predicts a token from all those before it, "
+                             "so it can only fill from left to right, as `dlm evaluate --generate N --sampler "
+                             "left_to_right` does; or take a masked checkpoint")
         return moved_right(x_BL, self.vocabulary.mask_id), Causal()
 
 

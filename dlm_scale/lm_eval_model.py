@@ -3,8 +3,8 @@
 The harness is imported only by `register` and when this module is run; the flags are its own, and
 `--model_args pretrained=CKPT,num_draws=32,sampler=entropy` are the arguments of `HarnessModel`.
 
-Of a masked checkpoint log p(continuation | context) is bounded from below by minus the conditional NELBO: the context is
-never masked. Autoregressive checkpoints give it exactly.
+Of a masked checkpoint log p(continuation | context) is bounded from below by minus the conditional NELBO: the context
+is never masked. Autoregressive checkpoints give it exactly.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class HarnessModel:
         self._set_up(load_for_inference(pretrained, device), 16 if batch_size == "auto" else int(batch_size),
                      int(num_draws), sampler, int(steps), int(seed))
 
-    def _set_up(self, inference: Any, batch_size: int, num_draws: int, sampler: str | None, steps: int, seed: int) -> None:
+    def _set_up(self, inference: Any, batch_size: int, num_draws: int, sampler: str | None, steps: int, seed: int):
         from dlm_scale.evaluation.generative import LEFT_TO_RIGHT
 
         if inference.tokenizer is None:
@@ -82,7 +82,7 @@ class HarnessModel:
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Texts, up to the first of the request's `until`; `max_gen_toks`, `temperature` and `do_sample` are read too."""
+        """Texts, up to the first of the request's `until`; reads `max_gen_toks`, `temperature`, `do_sample` too."""
         canvases = [self._canvas(*request.args) for request in requests]
         texts: list[Any] = [None] * len(canvases)
         kinds = [(len(context), new, temperature) for context, new, temperature, _ in canvases]

@@ -75,7 +75,8 @@ def draw_sweep(points: list[dict[str, Any]], reference: dict[str, Any] | None, p
                 axes.plot(*zip(*line), marker="o", ms=4, label=sampler)
         if reference is not None and reference[key] is not None:
             axes.axhline(reference[key], ls="--", color="grey", label="held-out text")
-        axes.set(xlabel="passes a sample (NFE)", ylabel=label, xscale="log")
+        axes.set_xscale("log", base=2)
+        axes.set(xlabel="passes a sample (NFE)", ylabel=label)
         axes.grid(alpha=0.3)
     all_axes[0].legend()
     _save(figure, path)

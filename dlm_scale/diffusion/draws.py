@@ -5,14 +5,14 @@ estimator spends K forward passes a row in two independent replicates of D = K/2
 its own (`quadrature`: but for its rule), so that half their difference gives the Monte-Carlo variance.
 
     exact        l stratified over 1..L, a uniform subset of size l, weight L/l (LLaDA, arXiv 2502.09992, eq. 14)
-    pairs        the same in mirrored pairs: a uniform subset of size l and all positions but l-1 of it, which are a uniform
-                 subset of size L+1-l. A pair predicts every token once and one of them twice. D/2 strata of half of
-                 1..L, narrow where few tokens are masked and a draw varies most, each weighted by its width.
-    quadrature   the nodes m of Gauss and Legendre's rule with D nodes, two mirrored ones a pair, l = m L + 1/2 rounded at
-                 random to a neighbour: no error from the choice of l, and the rule's own bias
+    pairs        the same in mirrored pairs: a uniform subset of size l and all positions but l-1 of it, which are a
+                 uniform subset of size L+1-l. A pair predicts every token once, and one of them twice. D/2 strata of
+                 half of 1..L, narrow where few tokens are masked and a draw varies most, each weighted by its width.
+    quadrature   the nodes m of Gauss and Legendre's rule with D nodes, two mirrored ones a pair, l = m L + 1/2 rounded
+                 at random to a neighbour: no error from the choice of l, and the rule's own bias
 
-(A set and its very complement would do for pairs with l uniform on 0..L and weights (L+1)/n, 0 for n = 0. With l on 1..L
-and weights L/l, L/(L-l) they are biased below the bound: the full set never comes as a complement.)
+(A set and its very complement would do for pairs with l uniform on 0..L and weights (L+1)/n, 0 for n = 0. With l on
+1..L and weights L/l, L/(L-l) they are biased below the bound: the full set never comes as a complement.)
 
 Masks are functions of (seed, row index, draw) alone: Philox(seed; row low, high, column, EVAL + 256 * draw), a mirror's
 draw being that of the pass before; the offset of a replicate has no column (2**32 - 1) and the replicate for the draw.
@@ -60,8 +60,8 @@ def _exact(offset_B, length_B, num_passes):
 
 
 def _pairs(offset_B, length_B, num_passes):
-    """l = floor(L s) + 1 with s below 1/2; s and 1-s mean one pair. A draw's variance goes with width^2 / l, which bounds
-    that grow with the square keep level over the strata."""
+    """l = floor(L s) + 1 with s below 1/2; s and 1-s mean one pair. A draw's variance goes with width^2 / l, which
+    bounds that grow with the square keep level over the strata."""
     bound = 0.5 * (np.arange(num_passes // 2 + 1) / (num_passes // 2)) ** 2
     for low, high in zip(bound, bound[1:]):
         count_B = np.minimum(np.floor(length_B * (low + (high - low) * offset_B)).astype(np.int64) + 1, length_B)

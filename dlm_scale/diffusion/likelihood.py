@@ -1,8 +1,9 @@
 """Likelihood of held-out rows: the NELBO with its standard errors, differences of two models, and exact likelihoods.
 
 The NELBO bounds -log p(row) from above, in nats. A row gets K masked looks (draws.py says which and with what weights),
-in two independent replicates whose half difference gives the Monte-Carlo variance without bias. Masks are a function of
-(seed, row index, draw) alone: two checkpoints are compared on the same masks, and no split of the rows changes a number.
+in two independent replicates whose half difference gives the Monte-Carlo variance without bias. Masks are a function
+of (seed, row index, draw) alone: two checkpoints are compared on the same masks, and no split of the rows changes a
+number.
 Samplers whose order of positions is a function of the state have a likelihood that needs no bound: `ordered_nll`,
 `duel_nll`, `left_to_right_nll`.
 
@@ -207,8 +208,8 @@ def duel_nll(
     """(nll_B float64 nats, nfe_B passes): exact -log p of the sampler whose order is a function of the state alone.
 
     Each pass reveals the `tokens_per_step` masked positions of largest score(log_probs_NV) -> [N], ties to the left;
-    extent(sorted scores [B, L], -inf beyond) -> [B] may ask for more. The order never sees a drawn token, so p(x) is the
-    product over the passes of the revealed tokens' probabilities, given x itself so far (DUEL, arXiv 2603.01367).
+    extent(sorted scores [B, L], -inf beyond) -> [B] may ask for more. The order never sees a drawn token, so p(x) is
+    the product over the passes of the revealed tokens' probabilities, given x itself so far (DUEL, arXiv 2603.01367).
     """
     masked_BL = torch.ones_like(x0_BL, dtype=torch.bool) if maskable_BL is None else maskable_BL.clone()
     nll_B = torch.zeros(len(x0_BL), dtype=torch.float64, device=x0_BL.device)

@@ -55,7 +55,9 @@ def make_samples(inference: Any, options: SamplingOptions) -> list[Sample]:
     return samples
 
 
-def fill(inference: Any, x_BL: torch.Tensor, is_fixed_BL: torch.Tensor, sampler: str, steps: int, **settings) -> Generated:
+def fill(
+    inference: Any, x_BL: torch.Tensor, is_fixed_BL: torch.Tensor, sampler: str, steps: int, **settings
+) -> Generated:
     """`generate` for checkpoints of either kind; steps 0: one for each open position.
 
     Raises UsageError for a sampler of the other kind.
@@ -71,13 +73,14 @@ def fill(inference: Any, x_BL: torch.Tensor, is_fixed_BL: torch.Tensor, sampler:
     return generate(inference.predict, x_BL, is_fixed_BL, sampler=sampler, num_steps=num_steps, **settings)
 
 
-def _left_to_right(inference: Any, x_BL: torch.Tensor, is_fixed_BL: torch.Tensor, settings: dict[str, Any]) -> Generated:
+def _left_to_right(inference: Any, x_BL: torch.Tensor, is_fixed_BL: torch.Tensor, settings: dict) -> Generated:
     """One open position a pass. What stands behind it is never looked at, so that it need not be the mask."""
     x_BL = torch.where(is_fixed_BL, x_BL, int(inference.vocabulary.mask_id == 0))
     for position in range(x_BL.shape[1]):
         here = torch.arange(x_BL.shape[1], device=x_BL.device) == position
         if bool((here & ~is_fixed_BL).any()):
-            x_BL = generate(inference.predict, x_BL, is_fixed_BL | ~here, sampler="random", num_steps=1, **settings).ids_BL
+            others_BL = is_fixed_BL | ~here
+            x_BL = generate(inference.predict, x_BL, others_BL, sampler="random", num_steps=1, **settings).ids_BL
     return Generated(x_BL, (~is_fixed_BL).sum(1))
 
 
@@ -90,8 +93,9 @@ def read_samples(path: str, tokenizer: Any) -> list[Sample]:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--samples={path}: {error}") from error
-    samples = [_sample(parse_json(line.encode(), f"{path}:{number}:", "not a line of JSON"), f"{path}:{number}", tokenizer)
-               for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    lines = [(f"{path}:{number}", line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    samples = [_sample(parse_json(line.encode(), f"{where}:", "not a line of JSON"), where, tokenizer)
+               for where, line in lines]
     if not samples:
         raise UsageError(f"--samples={path}: no sample in it")
     return samples
@@ -99,7 +103,7 @@ def read_samples(path: str, tokenizer: Any) -> list[Sample]:
 
 def _sample(line: Any, where: str, tokenizer: Any) -> Sample:
     if not isinstance(line, dict) or not isinstance(line.get("text"), str):
-        raise UsageError(f"{where}: expected an object with a `text`, as in {{\"id\": ..., \"text\": ..., \"tokens\": [...]}}")
+        raise UsageError(f'{where}: expected an object with a `text`, as in {{"id": 0, "text": "...", "tokens": [1]}}')
     tokens = line.get("tokens")
     tokens = tokenizer.encode(line["text"]).tolist() if tokens is None else tokens
     size = tokenizer.vocabulary.size
@@ -146,7 +150,8 @@ def text_line(report: dict[str, Any]) -> str:
              for key in ("unigram_entropy", "distinct_1", "distinct_2", "distinct_4", "repetition_4")}
     return (f"{name}{nfe}generative perplexity {report['gen_ppl']:.2f} ({report['judge']}: {report['judge_nll']:.4f} "
             f"nats/token), unigram entropy {shown['unigram_entropy']}, distinct-1/2/4 {shown['distinct_1']} "
-            f"{shown['distinct_2']} {shown['distinct_4']}, repetition-4 {shown['repetition_4']}; {report['samples']} texts")
+            f"{shown['distinct_2']} {shown['distinct_4']}, repetition-4 {shown['repetition_4']}; "
+            f"{report['samples']} texts")
 
 
 def write_sweep(path: Path, document: dict[str, Any]) -> None:

@@ -60,7 +60,7 @@ def ngram_judge(rows: Iterable[Sequence[int]], vocab_size: int, order: int = 5) 
 
 
 def rows_for_judge(source: str | None, inference: Any) -> list[Any]:
-    """Token rows that the n-gram judge counts: of a text file, of a dataset prefix, or of the run's own training data."""
+    """Token rows that the n-gram judge counts: of a text file, of a dataset prefix, or of the run's training data."""
     if source is not None and Path(source).is_file():
         return [inference.tokenizer.encode(Path(source).read_text(encoding="utf-8"))[:MAX_JUDGE_TOKENS]]
     from dlm_scale.data.loader import open_split, require_same_tokenizer
@@ -75,7 +75,7 @@ def rows_for_judge(source: str | None, inference: Any) -> list[Any]:
 
 
 def causal_judge(folder: str, device: str = "cpu", batch_size: int = 8) -> Judge:
-    """A Hugging Face causal model and its tokenizer from a local folder; nothing is downloaded and none of its code runs.
+    """A Hugging Face causal model and its tokenizer from a local folder. Nothing is downloaded, none of its code runs.
 
     Texts longer than the model's context are scored in windows side by side, each without the token before it.
     Raises UsageError where transformers or the folder are absent, or the folder holds no such model.

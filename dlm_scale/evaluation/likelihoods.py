@@ -55,8 +55,8 @@ def likelihood_kind(inference: Any, options: LikelihoodOptions) -> str:
     if not inference.is_autoregressive:
         return options.likelihood
     if options.likelihood != "nelbo":
-        raise UsageError(f"--likelihood={options.likelihood}: {inference.checkpoint.path} is autoregressive and has one "
-                         "likelihood, which is exact: leave --likelihood out")
+        raise UsageError(f"--likelihood={options.likelihood}: {inference.checkpoint.path} is autoregressive and has "
+                         "one likelihood, which is exact: leave --likelihood out")
     return "exact"
 
 
@@ -86,7 +86,7 @@ def _duel(predict: Callable, sampler: Sampler, tokens_per_step: int, mask_id: in
     return duel_nll(predict, x0_BL, score=score, mask_id=mask_id, tokens_per_step=tokens_per_step, extent=extent)[0]
 
 
-def evaluate_checkpoints(inferences: Sequence[Any], data: Any, options: LikelihoodOptions, runtime: Any) -> dict[str, Any]:
+def evaluate_checkpoints(inferences: Sequence[Any], data: Any, options: LikelihoodOptions, runtime: Any) -> dict:
     """The report of the first checkpoint on `data`, and where there is a second one its figures and the paired
     difference (first minus second, on the same rows and masks). Collective."""
     require_comparable(inferences)
@@ -109,11 +109,11 @@ def require_comparable(inferences: Sequence[Any]) -> None:
 
     first, *others = inferences
     for other in others:
-        require_same_tokenizer(first.tokenizer_meta, other.tokenizer_meta, *(str(i.checkpoint.path) for i in inferences))
+        names = [str(inference.checkpoint.path) for inference in (first, other)]
+        require_same_tokenizer(first.tokenizer_meta, other.tokenizer_meta, *names)
         if first.seq_len != other.seq_len:
             raise UsageError(f"a paired difference needs the same rows, but model.seq_len is {first.seq_len} in "
-                             f"{first.checkpoint.path} and {other.seq_len} in {other.checkpoint.path}: evaluate them one "
-                             "by one")
+                             f"{names[0]} and {other.seq_len} in {names[1]}: evaluate them one by one")
 
 
 def checkpoint_report(inference: Any, estimate: NelboEstimate, data: Any, options: LikelihoodOptions) -> dict[str, Any]:

@@ -28,7 +28,7 @@ SUFFIXES = (".jsonl", ".parquet", ".jsonl.zst")
 
 @dataclass(frozen=True)
 class ZeroShotSet:
-    """Where a set is on the Hub (`hf:NAME:CONFIG:SPLIT`), the column of its text, and how its tokenization is undone."""
+    """Where a set is on the Hub (`hf:NAME:CONFIG:SPLIT`), its column of text, and how its tokenization is undone."""
 
     hub: str
     column: str

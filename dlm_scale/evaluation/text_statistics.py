@@ -30,7 +30,7 @@ def distinct_n(rows: Sequence[Sequence[int]], n: int) -> float | None:
 
 
 def repetition(rows: Sequence[Sequence[int]], n: int = REPEAT_WINDOW) -> float | None:
-    """Mean over rows of the share of n-grams that have occurred earlier in the same row; None where no row is so long."""
+    """Mean over rows of the share of n-grams that occurred earlier in the same row; None where no row is so long."""
     shares = [1 - len(set(grams)) / len(grams) for row in rows if (grams := list(_grams(row, n)))]
     return sum(shares) / len(shares) if shares else None
 

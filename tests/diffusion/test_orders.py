@@ -74,8 +74,8 @@ def test_duel_is_the_law_of_the_sampler(chain, score, k, extent):
 def test_duel_is_what_the_sampling_engine_draws(chain, chi_square_p):
     net, num_rows = chain.random_net(), 40_000
     x_BL = torch.full((num_rows, L), MASK_ID)
-    made = generate(predictor(net), x_BL, torch.zeros_like(x_BL, dtype=torch.bool), sampler=Sampler(selector="max_prob"),
-                    num_steps=L, seed=3, request_hashes=[7] * num_rows, sample_indices=range(num_rows), mask_id=MASK_ID)
+    made = generate(predictor(net), x_BL, x_BL != MASK_ID, sampler=Sampler(selector="max_prob"), num_steps=L,
+                    seed=3, request_hashes=[7] * num_rows, sample_indices=range(num_rows), mask_id=MASK_ID)
     index = (made.ids_BL * torch.tensor([V ** (L - 1 - i) for i in range(L)])).sum(-1)
     nll_X, _ = duel_nll(predictor(net), chain.x_XL, score=max_prob, mask_id=MASK_ID)
     expected = num_rows * nll_X.neg().exp().numpy()

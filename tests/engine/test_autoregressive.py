@@ -45,7 +45,8 @@ def test_a_token_is_predicted_from_those_before_it_alone():
     vocabulary, generator = Vocabulary(12, 11), torch.Generator().manual_seed(0)
     model, x_BL = randomised(made(vocabulary)), torch.randint(0, 11, (1, 12), generator=generator)
     ce_fn = cross_entropy_fn(model, torch.device("cpu"))
-    one = lambda x: ce_fn(shifted(x.numpy(), np.zeros(1, int), mask_id=11, denominator=1.0, causal=Causal()))  # noqa: E731
+    options = {"mask_id": 11, "denominator": 1.0, "causal": Causal()}
+    one = lambda x: ce_fn(shifted(x.numpy(), np.zeros(1, int), **options))  # noqa: E731
     with torch.no_grad():
         before = one(x_BL)
         for place in (0, 5, 11):
@@ -64,9 +65,11 @@ def test_what_is_not_maskable_is_read_and_carries_no_loss():
 
 
 @pytest.mark.parametrize("bad, words", [
-    ({"model__time_conditioning": "adaln"}, "model.time_conditioning"), ({"diffusion__schedule": "cosine",
-     "diffusion__weighting": "elbo"}, "diffusion.schedule"), ({"diffusion__weighting": "simple"}, "diffusion.weighting"),
+    ({"model__time_conditioning": "adaln"}, "model.time_conditioning"),
+    ({"diffusion__schedule": "cosine", "diffusion__weighting": "elbo"}, "diffusion.schedule"),
+    ({"diffusion__weighting": "simple"}, "diffusion.weighting"),
     ({"data__random_length_share": 0.1}, "data.random_length_share"),
+    ({"data__packing": "best_fit", "data__train": "somewhere"}, "data.packing"), ({"model__logit_shift": True}, "logit_shift"),
 ])  # fmt: skip
 def test_what_has_no_meaning_is_refused(bad, words):
     with pytest.raises(UsageError, match=words):
@@ -135,7 +138,8 @@ def test_the_control_learns_tinyshakespeare(shared_data, repository_root, tmp_pa
 
     prepare(str(shared_data("tinyshakespeare.txt")), "char", tmp_path / "data")
     config = repository_root / "configs" / "shakespeare_char_tiny.yaml"
-    settings = [f"train.out={tmp_path}/run", f"data.train={tmp_path}/data/train", f"data.validation={tmp_path}/data/val",
-                "train.stop_at_step=200", "train.num_steps=500", "train.eval_every=200", "train.device=cpu", TWIN]
+    data = [f"data.train={tmp_path}/data/train", f"data.validation={tmp_path}/data/val"]
+    settings = [*data, f"train.out={tmp_path}/run", "train.stop_at_step=200", "train.num_steps=500",
+                "train.eval_every=200", "train.device=cpu", TWIN]
     assert run_ranks(1, cli.main, ["train", str(config), *settings], seconds=1700)[0] == 0
     assert [line for line in lines(tmp_path / "run") if "val_nelbo" in line][-1]["val_nelbo"] < 2.15

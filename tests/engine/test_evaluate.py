@@ -93,7 +93,8 @@ def test_generated_text_and_a_sweep_through_the_command(trained, tmp_path, capfd
     (["--generate=2", "--sampler=ancestrl"], "did you mean 'ancestral'"), (["--steps=4,x"], "--steps=4,x"),
     (["--samples=/nowhere.jsonl"], "/nowhere.jsonl"), (["--samples=x", "--suite=mdlm"], "exclude each other"),
     (["--suite=mdlm", "--from=/nowhere"], "no ptb.jsonl"), (["--generate=2", "--judge=/nowhere"], "no such folder"),
-    (["--generate=2", "--length=999"], "beyond the checkpoint's context"), (["--batch_size=0"], "batch_size"), (["--weights=emma"], "weights"),
+    (["--generate=2", "--length=999"], "beyond the checkpoint's context"),
+    (["--batch_size=0"], "batch_size"), (["--weights=emma"], "weights"),
     (["--data=/nowhere/val"], "/nowhere"), (["--max_row=3"], "did you mean --max_rows"),
 ])
 def test_bad_arguments_exit_2_with_one_message(trained, bad, words, capfd):
