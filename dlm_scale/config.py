@@ -428,12 +428,9 @@ def config_from_dict(raw: Mapping[str, Any], source: str = "the config", command
     raise UsageError("\n".join(lines))
 
 
-def config_from_text(text: str, source: str, settings: Mapping[str, Any] | None = None) -> Config:
-    """The config of a saved config.yaml's text, with other values at some dotted keys."""
-    raw = _sections(text, source)
-    for key, value in (settings or {}).items():
-        assign(raw, key, value)
-    return config_from_dict(raw, source, tuple(settings or ()))
+def config_from_text(text: str, source: str, sections: Mapping[str, Any] | None = None) -> Config:
+    """The config of a saved config.yaml's text, with other sections in the place of its own."""
+    return config_from_dict(_sections(text, source) | dict(sections or {}), source)
 
 
 def _origin(key: str, command_line: Sequence[str]) -> str | None:

@@ -111,8 +111,8 @@ def load_for_inference(
     folder, _ = find_checkpoint(Path(path))
     checkpoint = open_checkpoint(folder, verify=False)  # find_checkpoint has just hashed it
     text, size = checkpoint.document("config.yaml").decode(), mesh.tensor_size
-    split = {"parallel.tensor_parallel_size": size, "parallel.sequence_parallel": False} if size > 1 else {}
-    config = config_from_text(text, f"{folder}/config.yaml", split)
+    sections = {"parallel": {"tensor_parallel_size": size}} if size > 1 else None
+    config = config_from_text(text, f"{folder}/config.yaml", sections)
     meta = _tokenizer_meta(checkpoint)
     tokenizer = None if meta.tokenizer.kind == "none" else _tokenizer(folder, meta)
     place = pick_device(device, local_rank)
