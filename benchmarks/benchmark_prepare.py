@@ -10,6 +10,7 @@ seconds are those of all processes of a run, imports included; the two take turn
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -37,13 +38,20 @@ def make_corpus(path: Path, texts: list[Path], megabytes: int) -> int:
     """JSON Lines of at least so many megabytes; returns the bytes of text that are not repetitions."""
     from dlm_scale.data.corpora import stdlib_source
 
-    documents = [d.text for d in stdlib_source().documents()]
-    documents += [article for text in texts for article in TITLE.split(text.read_text()) if article]
-    lines = [json.dumps({"text": text}) + "\n" for text in documents]
+    articles = (article for text in texts for article in TITLE.split(text.read_text()) if article)
+    documents = itertools.chain((d.text for d in stdlib_source().documents()), articles)
+    sizes: list[int] = []
+
+    def lines():
+        for text in documents:
+            sizes.append(len(text.encode()))
+            yield json.dumps({"text": text}) + "\n"
+
     with open(path, "w") as file:
-        while file.tell() < megabytes << 20:
-            file.writelines(lines)
-    return sum(len(text.encode()) for text in documents)
+        for line in itertools.cycle(lines()):
+            file.write(line)
+            if file.tell() >= megabytes << 20:
+                return sum(sizes)
 
 
 def nanogpt(corpus: Path, ranks: Path, out: Path, num_proc: int) -> None:
@@ -212,7 +220,7 @@ def main() -> None:
     if sys.argv[1:2] == ["--as_prepare"]:
         from dlm_scale.data.prepare import prepare
 
-        prepare(sys.argv[2], "byte", sys.argv[3], workers=2, chunk_bytes=1 << 20)
+        prepare(sys.argv[2], "byte", sys.argv[3], workers=2, chunk_bytes=1 << 19)
         return None
     parser = arguments(__doc__)
     parser.set_defaults(repeats=3)
@@ -224,7 +232,7 @@ def main() -> None:
     args = parser.parse_args()
     results = {"benchmark": "prepare", "repeats": args.repeats, "workers": args.workers} | machine()
     with tempfile.TemporaryDirectory() as name:
-        found = compare(Path(name), args) | killed_at_random_moments(Path(name), args.kills, 24, seed=1)
+        found = compare(Path(name), args) | killed_at_random_moments(Path(name), args.kills, 8, seed=1)
     report(results | found, args.json)
     return None
 

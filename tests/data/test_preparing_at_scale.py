@@ -373,7 +373,18 @@ def test_the_pool():
 def test_killed_at_ten_random_moments(tmp_path):
     from benchmarks.benchmark_prepare import killed_at_random_moments
 
-    assert killed_at_random_moments(tmp_path, kills=10, megabytes=12, seed=0)["identical"] == 10
+    assert killed_at_random_moments(tmp_path, kills=10, megabytes=4, seed=0)["identical"] == 10
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_benchmark_compares_equal_ids(shared_data):
+    command = ["--ranks", shared_data("gpt2.tiktoken"), "--text", shared_data("wikitext2_valid.txt"), "--json",
+               "--megabytes", "1", "--repeats", "1", "--kills", "1"]  # fmt: skip
+    program = [sys.executable, "benchmarks/benchmark_prepare.py", *map(str, command)]
+    done = subprocess.run(program, capture_output=True, text=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["ids_equal"] and found["identical"] == found["kills"] == 1 and found["peak_resident_megabytes"] < 1024
 
 
 def test_json_of_the_plan_is_stable(tmp_path, documents):
