@@ -158,8 +158,8 @@ class IndexedDataset:
 
     def release(self) -> None:
         """What has been read need not stay resident; it is mapped again where it is read again."""
-        for array in (self.tokens, self.index):
-            _mapping(array).madvise(mmap.MADV_DONTNEED)
+        for values in (self.tokens, self.index):
+            _mapping(values).madvise(mmap.MADV_DONTNEED)
 
     def expect_random_reads(self, is_random: bool = True) -> None:
         """Whether tokens are read here and there: then what the system reads ahead of them costs much for nothing."""

@@ -19,7 +19,6 @@ import torch
 
 from dlm_scale.checkpoint.layout import Piece
 from dlm_scale.checkpoint.writer import CheckpointError, Save, plan_save, stage, write_staged
-from dlm_scale.engine.saving import describe_save
 from dlm_scale.engine.state import TrainState
 
 LAST_SAVE_DELAYS = (0.0, 1.0, 2.0, 4.0)  # seconds before each attempt

@@ -172,7 +172,11 @@ def test_stopped_at_every_step_of_the_end(corpus, one_worker, tmp_path, monkeypa
 
 def test_a_changed_source_starts_anew(tmp_path, documents, monkeypatch, capsys):
     write_jsonl(tmp_path / "a.jsonl", documents)
-    monkeypatch.setattr(module.Assembler, "finish", lambda self: signal.raise_signal(signal.SIGINT))
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.Assembler, "finish", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare(str(tmp_path / "a.jsonl"), "byte", tmp_path / "D")
     monkeypatch.undo()

@@ -14,7 +14,7 @@ from dlm_scale.data import stream
 from dlm_scale.data.indexed import IndexedDataset, IndexedWriter
 from dlm_scale.data.loader import open_data
 from dlm_scale.data.meta import read_meta
-from dlm_scale.data.stream import Closed, ShardStream, StreamProducer, list_path, read_list, shard_prefix
+from dlm_scale.data.stream import Closed, StreamProducer, list_path, read_list, shard_prefix
 from dlm_scale.errors import UsageError
 
 L = 16

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 
-from dlm_scale import sample_batch
 from dlm_scale.cli import Command, exit_code, run_command
 from dlm_scale.sampling import batching, journal, prompt_file
 from tests.faults.specimen import make_specimen

@@ -6,7 +6,6 @@ import subprocess
 import pytest
 
 from dlm_scale import cli
-from dlm_scale.errors import UsageError
 from tests.slurm.cluster import ROOT
 
 TEMPLATES = sorted((ROOT / "slurm").glob("[!_]*.sh"))
