@@ -85,14 +85,14 @@ def open_datasets(config: Any) -> tuple[Any, Any]:
 
 
 def check_resume_point(config: Any, data: Any) -> None:
-    """Make train.out, and refuse a run that does not fit what is there; sizes alone are checked here, not contents."""
+    """Make train.out, and refuse a run that does not fit what is there; the tensors' contents are not checked here."""
     from dlm_scale.checkpoint.folders import inspect_checkpoint, list_checkpoints
     from dlm_scale.engine.run_folder import prepare_folder
 
     out = Path(config.train.out)
     prepare_folder(out, config.train.resume, bool(list_checkpoints(out) or config.train.branch_from))
-    if find_resume_point(config, data, partial(inspect_checkpoint, with_hash=False)) is None:
-        find_origin(config, data, partial(inspect_checkpoint, with_hash=False))
+    if find_resume_point(config, data, partial(inspect_checkpoint, with_tensors=False)) is None:
+        find_origin(config, data, partial(inspect_checkpoint, with_tensors=False))
 
 
 def find_resume_point(config: Any, data: Any, inspect: Callable, say: Callable[[str], None] = lambda text: None) -> Any:

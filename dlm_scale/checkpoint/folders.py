@@ -39,11 +39,12 @@ def list_checkpoints(run: Path) -> list[Path]:
     return [folder / name for _, _, name in sorted(found)]
 
 
-def inspect_checkpoint(folder: Path, *, with_hash: bool = True, share: tuple[int, int] = (0, 1)) \
+def inspect_checkpoint(folder: Path, *, with_tensors: bool = True, share: tuple[int, int] = (0, 1)) \
         -> tuple[Manifest | None, list[str]]:
     """The manifest of a checkpoint folder, and a line for everything that is wrong with it; no line: it is good.
 
-    Sizes are always checked, contents `with_hash`; of share (k, n) only those of every n-th file from the k-th on.
+    Of share (k, n) the contents of every n-th file from the k-th on are hashed; without `with_tensors` those of the
+    small documents alone. Sizes are checked of all.
     """
     try:
         manifest = read_manifest(folder)
@@ -52,7 +53,8 @@ def inspect_checkpoint(folder: Path, *, with_hash: bool = True, share: tuple[int
     problems = []
     for number, name in enumerate(sorted(manifest.files)):
         try:
-            check_file(folder, manifest, name, with_hash=with_hash and number % share[1] == share[0])
+            is_hashed = number % share[1] == share[0] and (with_tensors or name not in manifest.keys_by_file)
+            check_file(folder, manifest, name, with_hash=is_hashed)
         except UsageError as error:
             problems.append(str(error))
     if len(problems) > 1:  # rarely all at once by themselves

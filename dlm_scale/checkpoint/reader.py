@@ -186,7 +186,7 @@ def open_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
     Raises UsageError naming every bad file.
     """
     path = Path(path)
-    manifest, problems = inspect_checkpoint(path, with_hash=verify)
+    manifest, problems = inspect_checkpoint(path, with_tensors=verify)
     if manifest is None or problems:
         raise UsageError(f"checkpoint {path} is damaged: {'; '.join(problems)}. Restore the files from a copy, or use"
                          " another checkpoint (dlm checkpoint list RUN shows them)")
