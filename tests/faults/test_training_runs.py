@@ -1,4 +1,4 @@
-"""Runs that are killed, signalled, starved of disk or hung: a few of each. More: `python -m tests.faults.report`."""
+"""Runs that are killed, signalled or starved of disk: a few of each. More, and hangs: `python -m tests.faults.report`."""
 
 import importlib.util
 
@@ -12,17 +12,17 @@ from tests.faults.shim import NoCompiler, compiled
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """One process for all rows: they share the run that nothing disturbs."""
-    counts = {"kills": 3, "signals": 3, "hangs": 1}
+    counts = {"kills": 2, "signals": 2}
     try:
         compiled()
-        counts |= {"full_disk": 2, "soak": 40}
+        counts |= {"full_disk": 1, "soak": 40}
     except NoCompiler:
         pass
     return training_rows(tmp_path_factory.mktemp("training"), seed=5, **counts)
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("row", "least"), [("kills", 3), ("signals", 3), ("hangs", 1), ("full_disk", 2), ("soak", 1)])
+@pytest.mark.parametrize(("row", "least"), [("kills", 2), ("signals", 2), ("full_disk", 1), ("soak", 1)])
 def test_a_disturbed_run_ends_as_the_undisturbed_one(row, least, found):
     if row not in found:
         pytest.skip("faults in file operations need Linux and a C compiler (cc) on PATH")
