@@ -72,12 +72,12 @@ def nanogpt(corpus: Path, ranks: Path, out: Path, num_proc: int) -> None:
     tokenized = rows.map(process, remove_columns=["text"], num_proc=num_proc)
     total = int(np.sum(tokenized["len"], dtype=np.uint64))
     array, at = np.memmap(out / "all.bin", dtype=np.uint16, mode="w+", shape=(total,)), 0
-    for i in range(1024):
-        batch = tokenized.shard(num_shards=1024, index=i, contiguous=True).with_format("numpy")[:]
-        if len(batch["ids"]):
-            ids = np.concatenate(batch["ids"])
-            array[at : at + len(ids)] = ids
-            at += len(ids)
+    shards = min(1024, len(tokenized))
+    for i in range(shards):
+        batch = tokenized.shard(num_shards=shards, index=i, contiguous=True).with_format("numpy")[:]
+        ids = np.concatenate(batch["ids"])
+        array[at : at + len(ids)] = ids
+        at += len(ids)
     array.flush()
 
 
@@ -207,8 +207,10 @@ def killed_at_random_moments(folder: Path, kills: int, megabytes: int, seed: int
         if process.wait() == 0:
             continue  # it was faster
         done += 1
-        again = subprocess.run([*command, str(out)], env=environment(), stderr=subprocess.DEVNULL)
-        is_whole = again.returncode in (0, 2) and (out / "meta.json").exists()  # 2: it was killed behind its last step
+        is_whole = (out / "meta.json").exists() and not (out / ".preparing").exists()  # killed behind its last step
+        if not is_whole:
+            again = subprocess.run([*command, str(out)], env=environment(), stderr=subprocess.DEVNULL)
+            is_whole = again.returncode == 0
         identical += is_whole and files(out) == expected
     return {"kills": kills, "identical": identical}
 
