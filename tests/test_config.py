@@ -21,9 +21,9 @@ from dlm_scale.config import (
     dump_config,
     known_keys,
     load_config,
-    nearest_batches,
     resolve_batch,
 )
+from dlm_scale.config_checks import nearest_batches
 from dlm_scale.config_compare import config_difference, is_result_neutral
 from dlm_scale.config_text import dump_yaml, parse_overrides, parse_yaml
 from dlm_scale.deepspeed_keys import OWNED, PASSED, ZERO_OPTIMIZATION, deepspeed_problems

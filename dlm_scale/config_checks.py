@@ -1,0 +1,130 @@
+"""What no single key of a config shows: keys that contradict each other, and what does not divide."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from dlm_scale.config_sections import DiffusionConfig, ModelConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from dlm_scale.config import Config
+
+MAX_MICRO_TRIED = 256
+
+Problem = tuple[str, str]  # dotted key, what is wrong with it and what to do
+
+
+def cross_problems(config: Config) -> Iterator[Problem]:
+    """What no single key shows."""
+    yield from _model_problems(config)
+    weighting, schedule = config.diffusion.weighting, config.diffusion.schedule
+    if weighting in ("count", "exact") and schedule != "linear":
+        yield (
+            "diffusion.weighting",
+            f"= {weighting} needs diffusion.schedule = linear, not {schedule} (its counts are uniform only there): set "
+            "diffusion.weighting=elbo or diffusion.schedule=linear",
+        )
+    if config.objective.kind == "autoregressive":
+        yield from _autoregressive_problems(config)
+    if config.model.init_from and config.train.branch_from:
+        yield "model.init_from", "starts from weights alone, train.branch_from from the full state: give one of them"
+    if config.diffusion.attention_anneal_steps and (config.data.has_segments or config.train.compile):
+        yield (
+            "diffusion.attention_anneal_steps",
+            "needs data.random_length_share = 0, data.packing = none and train.compile = false: its mask changes",
+        )
+    if config.data.is_synthetic and (len(config.data.train) > 1 or not config.data.synthetic_vocab_size):
+        yield "data.train", "= synthetic stands alone and needs data.synthetic_vocab_size"
+    for key, value, default in (("packing", config.data.packing, "none"), ("order", config.data.order, "shuffled")):
+        if config.data.is_synthetic and value != default:
+            yield f"data.{key}", f"= {value} needs documents on the disk, which data.train=synthetic has none of: drop it"
+    if config.train.global_batch_size % config.train.micro_batch_size:
+        yield "train.global_batch_size", batch_text(config.train, 1)
+
+
+def _autoregressive_problems(config: Config) -> Iterator[Problem]:
+    """The twin has no time, no masks and no weights."""
+    why, twin = "has no meaning under objective.kind = autoregressive", DiffusionConfig()
+    if config.model.time_conditioning != "none":
+        yield "model.time_conditioning", f"= {config.model.time_conditioning} {why}, which knows no time: set none"
+    for key in ("schedule", "weighting"):
+        value = getattr(config.diffusion, key)
+        if value != getattr(twin, key):
+            yield f"diffusion.{key}", f"= {value} {why}: leave it out"
+    if config.model.logit_shift:
+        yield "model.logit_shift", f"= true {why}: the twin is moved by one already; set false"
+    for key, default in (("random_length_share", 0.0), ("packing", "none")):  # segments that are causal inside
+        if (value := getattr(config.data, key)) != default:
+            yield f"data.{key}", f"= {value} is not there under objective.kind = autoregressive: set {default}"
+
+
+def _model_problems(config: Config) -> Iterator[Problem]:
+    model, tp = config.model, config.parallel.tensor_parallel_size
+    if "head_dim" not in model.model_fields_set and model.hidden_size % model.num_heads:
+        yield _indivisible("model.hidden_size", model.hidden_size, "model.num_heads", model.num_heads)
+    elif model.head_dim % 2 and model.position == "rope":
+        yield "model.head_dim", f"is {model.head_dim}: rotary positions need an even width per head"
+    if model.num_heads % model.num_kv_heads:
+        yield _indivisible("model.num_heads", model.num_heads, "model.num_kv_heads", model.num_kv_heads)
+    for key, needed in _model_needs(model, tp):
+        yield f"model.{key}", f"= {getattr(model, key)} needs {needed}"
+    for key, value in _unshardable(config, tp):
+        fitting = [size for size in range(1, model.num_heads + 1) if not any(_unshardable(config, size))]
+        nearest = sorted(sorted(fitting, key=lambda size: abs(size - tp))[:3])
+        problem = _indivisible(key, value, "parallel.tensor_parallel_size", tp)
+        yield key, f"{problem[1]}; nearest sizes that fit: {nearest}"
+
+
+def _model_needs(model: ModelConfig, tp: int) -> Iterator[tuple[str, str]]:
+    """(key, what it needs) of each option of the shape that does not go with another."""
+    needs = [
+        ("norm_bias", model.norm_bias, "model.norm = layernorm", model.norm == "layernorm"),
+        ("time_conditioning", model.time_conditioning == "adaln", "model.norm_placement = pre",
+         model.norm_placement == "pre"),
+        ("embedding_norm", model.embedding_norm == "first", "model.norm_placement = pre",
+         model.norm_placement == "pre"),
+        *(
+            (key, getattr(model, key) not in ("none", "rope", False), "parallel.tensor_parallel_size = 1", tp == 1)
+            for key in ("bias", "position", "head_bias")
+        ),
+    ]  # fmt: skip
+    yield from ((key, needed) for key, is_used, needed, is_given in needs if is_used and not is_given)
+
+
+def _unshardable(config: Config, tp: int) -> Iterator[tuple[str, int]]:
+    """What a tensor-parallel size of `tp` does not divide (vocabularies always do: tables are padded)."""
+    model = config.model
+    if model.num_heads % tp:
+        yield "model.num_heads", model.num_heads
+    if model.num_kv_heads % tp and tp % model.num_kv_heads:
+        yield "model.num_kv_heads", model.num_kv_heads
+    if model.ffn_size % tp:
+        yield "model.ffn_size", model.ffn_size
+    if config.parallel.sequence_parallel and model.seq_len % tp:
+        yield "model.seq_len", model.seq_len
+
+
+def _indivisible(key: str, value: int, by_key: str, by: int) -> Problem:
+    return key, f"= {value} does not divide by {by_key} = {by}"
+
+
+def nearest_batches(global_batch: int, micro_batch: int, ranks: int) -> list[tuple[int, int]]:
+    """The three (global, micro) batch sizes that fit `ranks` data-parallel ranks with the least relative change."""
+    choices = set()
+    for micro in {micro_batch, *range(1, min(2 * micro_batch, MAX_MICRO_TRIED) + 1)}:
+        multiple = max(1, global_batch // (micro * ranks))
+        choices |= {(micro * ranks * k, micro) for k in (multiple, multiple + 1, multiple + 2)}
+    wanted = (global_batch, micro_batch)
+    return sorted(choices, key=lambda c: (sum(max(a / b, b / a) for a, b in zip(c, wanted, strict=True)), c))[:3]
+
+
+def batch_text(train: TrainConfig, ranks: int) -> str:
+    wanted, micro = train.global_batch_size, train.micro_batch_size
+    tries = " | ".join(
+        f"train.global_batch_size={g} train.micro_batch_size={m}" for g, m in nearest_batches(wanted, micro, ranks)
+    )
+    return (
+        f"= {wanted} must be micro_batch_size x accumulation x data-parallel ranks, but {wanted} / ({micro} x {ranks})"
+        f" = {wanted / (micro * ranks):.4g} is not a whole number. Nearest that fit: {tries}"
+    )
