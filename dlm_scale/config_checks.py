@@ -25,6 +25,7 @@ def cross_problems(config: Config) -> Iterator[Problem]:
             f"= {weighting} needs diffusion.schedule = linear, not {schedule} (its counts are uniform only there): set "
             "diffusion.weighting=elbo or diffusion.schedule=linear",
         )
+    yield from _curriculum_problems(config.diffusion)
     if config.objective.kind == "autoregressive":
         yield from _autoregressive_problems(config)
     if config.model.init_from and config.train.branch_from:
@@ -43,12 +44,30 @@ def cross_problems(config: Config) -> Iterator[Problem]:
         yield "train.global_batch_size", batch_text(config.train, 1)
 
 
+def _curriculum_problems(diffusion: DiffusionConfig) -> Iterator[Problem]:
+    is_weighted, weighting = diffusion.time_loss_weighting, diffusion.weighting
+    if is_weighted is not None and is_weighted != (weighting != "simple"):
+        yield (
+            "diffusion.time_loss_weighting",
+            f"= {str(is_weighted).lower()} contradicts diffusion.weighting = {weighting} (without time weighting it is "
+            "simple): give one of them",
+        )
+    is_exact = weighting == "simple" or (weighting == "elbo" and diffusion.schedule == "linear")
+    if diffusion.num_diffusion_steps and not is_exact:
+        yield (
+            "diffusion.num_diffusion_steps",
+            f"= {diffusion.num_diffusion_steps} needs diffusion.weighting = simple, or elbo with the linear schedule, "
+            f"whose 1/t is the weight of discrete times too; not {weighting} with {diffusion.schedule}: set "
+            "diffusion.weighting=elbo diffusion.schedule=linear, or diffusion.num_diffusion_steps=0",
+        )
+
+
 def _autoregressive_problems(config: Config) -> Iterator[Problem]:
     """The twin has no time, no masks and no weights."""
     why, twin = "has no meaning under objective.kind = autoregressive", DiffusionConfig()
     if config.model.time_conditioning != "none":
         yield "model.time_conditioning", f"= {config.model.time_conditioning} {why}, which knows no time: set none"
-    for key in ("schedule", "weighting"):
+    for key in ("schedule", "weighting", "time_loss_weighting", "num_diffusion_steps", "edit_stage_start"):
         value = getattr(config.diffusion, key)
         if value != getattr(twin, key):
             yield f"diffusion.{key}", f"= {value} {why}: leave it out"

@@ -35,6 +35,10 @@ class Section(BaseModel):
         return {k: v for k, v in values.items() if v is not None or k not in cls.model_fields}
 
 
+def _default_weighting(values: dict[str, Any]) -> str:
+    return "simple" if values["time_loss_weighting"] is False else "count"
+
+
 def _default_ffn_size(values: dict[str, Any]) -> int:
     """4d for GELU; for gated ones 8d/3, up to a multiple of 128, so that both cost about the same."""
     width = values["hidden_size"]
@@ -85,9 +89,18 @@ class DiffusionConfig(Section):
     """The forward process and the weighting of the loss."""
 
     schedule: Literal["linear", "loglinear", "poly", "cosine", "cosine2", "cos", "geometric"] = "linear"
-    weighting: Literal["count", "elbo", "exact", "simple"] = "count"
+    time_loss_weighting: bool | None = None  # false: weighting = simple, true: another; none: as weighting says
+    weighting: Literal["count", "elbo", "exact", "simple"] = Field(default_factory=_default_weighting)
+    num_diffusion_steps: NonNegative = 0  # times are rounded up to k/N; 0: continuous
     attention_anneal_steps: NonNegative = 0  # from causal to full attention, after autoregressive weights
-    z_loss: NonNegativeFloat = 0.0  # times the squared log-sum-exp of each masked token, in the loss only
+    z_loss: NonNegativeFloat = 0.0  # times the squared log-sum-exp of each token with loss, in the loss only
+    edit_stage_start: Ratio = 1.0  # share of the steps before visible tokens are corrupted too; 1: never
+    corruption_prob: Ratio = 0.1  # of a substitution, an insertion, a deletion at each place
+    anneal_corruption: bool = True  # from 0 at the start of the stage, reached at its half
+    insertion_corruption: bool = True  # needs <|delete|> among the special tokens
+    deletion_corruption: bool = False  # needs <|gap|> among them
+    visible_loss: Literal["all", "corrupted"] = "all"  # which visible tokens carry loss in the stage
+    visible_subsample: Annotated[float, Field(gt=0, le=1)] = 1.0  # each keeps its loss so often, and weighs 1/r
 
 
 class Source(Section):

@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,7 @@ def _leave(code: int, world_size: int) -> int:
 
 def open_datasets(config: Any) -> tuple[Any, Any]:
     """Training and validation data (or None); both must be of one tokenizer."""
+    from dlm_scale.data.edit_tokens import edit_tokens
     from dlm_scale.data.loader import ValidationData, open_data, require_same_tokenizer
 
     source = f"synthetic:{config.data.synthetic_vocab_size}" if config.data.is_synthetic else config.data.train
@@ -77,6 +79,9 @@ def open_datasets(config: Any) -> tuple[Any, Any]:
     if config.objective.kind == "autoregressive" and getattr(data.tokenizer_meta, "is_chat", False):
         raise UsageError("objective.kind=autoregressive: data.train holds conversations, which only masked diffusion takes "
                          "so far; give text, or leave the objective out")
+    if config.diffusion.edit_stage_start < 1:
+        data = replace(data, edits=edit_tokens(data, config.diffusion.insertion_corruption,
+                                               config.diffusion.deletion_corruption))
     if config.data.validation is None:
         return data, None
     validation = ValidationData(config.data.validation, config.model.seq_len, config.train.eval_rows)

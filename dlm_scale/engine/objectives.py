@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from dlm_scale.diffusion.corruption import Corrupted
+from dlm_scale.diffusion.edit import visible_stats
 from dlm_scale.diffusion.objective import masked_diffusion
+from dlm_scale.engine.editing import is_editing
 
 Objective = Callable[[Callable, Corrupted, int], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
@@ -17,4 +19,8 @@ Objective = Callable[[Callable, Corrupted, int], tuple[torch.Tensor, dict[str, t
 def objective_of(config: Any) -> Objective:
     """objective(hidden_fn, corrupted, step) -> (loss_sum, stats)."""
     plain = partial(masked_diffusion, z_loss=config.diffusion.z_loss)
-    return lambda hidden_fn, corrupted, step: plain(hidden_fn, corrupted)
+
+    def objective(hidden_fn: Callable, corrupted: Corrupted, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return plain(hidden_fn, corrupted, measures=[visible_stats] if is_editing(config, step) else [])
+
+    return objective

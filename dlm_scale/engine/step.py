@@ -15,9 +15,10 @@ from dlm_scale.diffusion.autoregressive import shifted
 from dlm_scale.diffusion.corruption import Corrupted, corrupt
 from dlm_scale.diffusion.schedule import SCHEDULES
 from dlm_scale.diffusion.segments import Rows, cut_rows, row_lengths, segment_times
-from dlm_scale.diffusion.timestep import stratified_times
+from dlm_scale.diffusion.timestep import stratified_times, times_on_grid
 from dlm_scale.diffusion.weighting import WEIGHTINGS
 from dlm_scale.engine.build import Trainer
+from dlm_scale.engine.editing import edited
 from dlm_scale.engine.gradients import clip_by_global_norm
 from dlm_scale.engine.muon import muon_update
 from dlm_scale.engine.optimizer import rate_factor
@@ -58,11 +59,11 @@ def make_batch(trainer: Trainer, data, state: TrainState) -> list[Corrupted]:
     train = trainer.config.train
     times_G = stratified_times(train.seed, state.step, train.global_batch_size)
     pairs = zip(rows_of_rank(trainer), samples_of_rank(trainer, state), strict=True)
-    return [micro_batch(trainer, data, sample_B, times_G[rows_B]) for rows_B, sample_B in pairs]
+    return [micro_batch(trainer, data, sample_B, times_G[rows_B], state.step) for rows_B, sample_B in pairs]
 
 
-def micro_batch(trainer: Trainer, data, sample_B: np.ndarray, t_B: np.ndarray) -> Corrupted:
-    """The rows of some global samples, noised at their times.
+def micro_batch(trainer: Trainer, data, sample_B: np.ndarray, t_B: np.ndarray, step: int = 0) -> Corrupted:
+    """The rows of some global samples, noised at their times as the update after `step` finished ones asks.
 
     `data.rows(sample_B)` gives int64 [B, L], or `Rows` where documents are packed or positions carry no loss; a run's
     rows are all of one kind, for with `Rows` the ranks ask each other for the denominator.
@@ -80,7 +81,9 @@ def micro_batch(trainer: Trainer, data, sample_B: np.ndarray, t_B: np.ndarray) -
     if rows.bounds_S1 is not None:
         attention = ops.Segments(torch.from_numpy(rows.bounds_S1))
         t_S = segment_times(config.train.seed, sample_B, t_B, rows.bounds_S1, length)
-    return corrupt(
+    if config.diffusion.num_diffusion_steps:
+        t_S = times_on_grid(t_S, config.diffusion.num_diffusion_steps)
+    corrupted = corrupt(
         rows.ids_BL,
         sample_B,
         t_S,
@@ -93,6 +96,7 @@ def micro_batch(trainer: Trainer, data, sample_B: np.ndarray, t_B: np.ndarray) -
         attention=attention,
         mask_tokens=ops.masks_on(trainer.runtime.device),
     )
+    return edited(trainer, getattr(data, "edits", None), corrupted, rows, sample_B, step)
 
 
 def _next_token_batch(trainer: Trainer, rows: Rows, sample_B: np.ndarray, denominator: float | None) -> Corrupted:
