@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dlm_scale.data.vocabulary import DELETE_TOKEN, GAP_TOKEN
 from dlm_scale.errors import UsageError
 from dlm_scale.parallel.mesh import Mesh
 
@@ -42,6 +43,21 @@ class Inference:
     @property
     def is_autoregressive(self) -> bool:
         return self.config.objective.kind == "autoregressive"
+
+    @property
+    def edit_ids(self) -> dict[str, int]:
+        """Ids of the answers that an editing sampler acts on, `delete` and `gap`, of those that were learnt.
+
+        Raises UsageError where visible tokens were not trained on: their predictions mean nothing.
+        """
+        diffusion, train = self.config.diffusion, self.config.train
+        if self.step <= diffusion.edit_stage_start * train.num_steps:
+            raise UsageError(f"{self.checkpoint.path} has no edit stage behind it (step {self.step} of {train.num_steps}, "
+                             f"diffusion.edit_stage_start = {diffusion.edit_stage_start:g}): what it predicts at visible "
+                             "tokens is untrained. Sample without --allow_edits and the samplers edit and edit_gated, or "
+                             "train with diffusion.edit_stage_start below 1")
+        learnt = {"delete": (diffusion.insertion_corruption, DELETE_TOKEN), "gap": (diffusion.deletion_corruption, GAP_TOKEN)}
+        return {name: self.tokenizer.special_ids[token] for name, (is_learnt, token) in learnt.items() if is_learnt}
 
     def predict(self, x_BL, rows_N, attention=None, cache=None):
         """Log-probabilities [N, V] float32 of the clean ids at flat positions (docs/design.md, signature 3).

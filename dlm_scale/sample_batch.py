@@ -414,7 +414,8 @@ def _batch_size(job: Job, inference: Any, settings: dict, length: int, steps: in
         free = torch.cuda.mem_get_info(inference.device)[0]
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // job.env.local_world_size
-    looks_at_all = SELECTORS[resolve(settings["sampler"]).selector].score is not None
+    sampler = resolve(settings["sampler"], settings.get("allow_edits", False))
+    looks_at_all = sampler.edits or SELECTORS[sampler.selector].score is not None
     part = 1.0 if looks_at_all else min(1.0, 4 / steps)
     size = batch_size_for(free, length, inference.vocabulary.num_outputs, part)
     if job.env.rank == 0:

@@ -22,6 +22,7 @@ from dlm_scale.errors import UsageError
 from dlm_scale.evaluation.judges import Judge, Sample, judged
 from dlm_scale.evaluation.text_statistics import variety
 from dlm_scale.sampling.engine import Generated, generate
+from dlm_scale.sampling.settings import edit_settings
 
 LEFT_TO_RIGHT = "left_to_right"  # the only sampler of an autoregressive checkpoint
 
@@ -69,6 +70,7 @@ def fill(
     settings = {**settings, "mask_id": inference.vocabulary.mask_id}
     if inference.is_autoregressive:
         return _left_to_right(inference, x_BL, is_fixed_BL, settings)
+    settings |= edit_settings(sampler, False, inference)
     num_steps = steps or max(1, int((~is_fixed_BL).sum(1).max()))
     return generate(inference.predict, x_BL, is_fixed_BL, sampler=sampler, num_steps=num_steps, **settings)
 

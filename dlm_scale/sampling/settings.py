@@ -44,6 +44,8 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, num_samples: int) ->
     add("--seed", type=int, default=0, help="same seed, same text (default: %(default)s)")
     add("--temperature", type=float, default=1.0, help="below 1 sharpens; 0 = likeliest tokens (default: %(default)s)")
     add("--top_k", type=int, default=0, help="draw from the k likeliest tokens only; 0 = all (default: %(default)s)")
+    add("--allow_edits", default=False, **FLAG,
+        help="draw visible tokens anew now and then; needs a checkpoint with an edit stage")  # fmt: skip
     add("--top_p", type=float, default=1.0, help="draw from the smallest set of this probability (default: 1)")
     add("--sample", default=True, **FLAG, help="False takes the likeliest token everywhere")
     add("--stop_token", action="append", default=[], help="a token that ends the text; `eos` is the tokenizer's own")
@@ -96,7 +98,19 @@ def stream_settings(options: Mapping[str, Any], inference: Any) -> dict[str, Any
         "refresh_every": options["refresh_every"],
         "confidence_bias": _biases("confidence_bias", options, inference.tokenizer),
         "logit_bias": _biases("logit_bias", options, inference.tokenizer),
+        **edit_settings(options["sampler"] or inference.default_sampler, options["allow_edits"], inference),
     }
+
+
+def edit_settings(sampler: str, allow_edits: bool, inference: Any) -> dict[str, Any]:
+    """The settings of `stream` that let it edit, none where nothing is to be edited. Raises UsageError where the sampler
+    cannot edit, or the checkpoint has not learnt to."""
+    if not allow_edits and not SAMPLERS[sampler].edits:
+        return {}
+    if SAMPLERS[sampler].reviser != "none":
+        raise UsageError(f"--allow_edits: sampler {sampler!r} masks tokens again, which edits would draw anew: choose "
+                         "another sampler, or leave edits out")
+    return {"allow_edits": True, "edit_ids": inference.edit_ids}
 
 
 def longest_canvas(options: Mapping[str, Any], inference: Any) -> int:
