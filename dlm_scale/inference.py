@@ -52,12 +52,13 @@ class Inference:
         """
         diffusion, train = self.config.diffusion, self.config.train
         if self.step <= diffusion.edit_stage_start * train.num_steps:
-            raise UsageError(f"{self.checkpoint.path} has no edit stage behind it (step {self.step} of {train.num_steps}, "
-                             f"diffusion.edit_stage_start = {diffusion.edit_stage_start:g}): what it predicts at visible "
-                             "tokens is untrained. Sample without --allow_edits and the samplers edit and edit_gated, or "
-                             "train with diffusion.edit_stage_start below 1")
-        learnt = {"delete": (diffusion.insertion_corruption, DELETE_TOKEN), "gap": (diffusion.deletion_corruption, GAP_TOKEN)}
-        return {name: self.tokenizer.special_ids[token] for name, (is_learnt, token) in learnt.items() if is_learnt}
+            start = f"step {self.step} of {train.num_steps}, diffusion.edit_stage_start = {diffusion.edit_stage_start:g}"
+            raise UsageError(f"{self.checkpoint.path} has no edit stage behind it ({start}): what it predicts at visible "
+                             "tokens is untrained. Sample without --allow_edits and the samplers edit and edit_gated, "
+                             "or train with diffusion.edit_stage_start below 1")
+        names = {"delete": DELETE_TOKEN} if diffusion.insertion_corruption else {}
+        names |= {"gap": GAP_TOKEN} if diffusion.deletion_corruption else {}
+        return {name: self.tokenizer.special_ids[token] for name, token in names.items()}
 
     def predict(self, x_BL, rows_N, attention=None, cache=None):
         """Log-probabilities [N, V] float32 of the clean ids at flat positions (docs/design.md, signature 3).

@@ -160,9 +160,14 @@ def _draw(x0_BL, sample_index_B, maskable_T, visible_T, stretches, edits: Edits,
         is_deleted_T[1:] &= ~wanted_T[:-1]
     ids_C = edits.replacement_ids
     return _Drawn(
-        is_substituted_T, _other_ids(ids_C, x0_BL.reshape(-1), which[1]), is_inserted_T, ids_C[_scaled(which[2], len(ids_C))],
-        is_deleted_T, _below(whether[2], edits.visible_subsample), _below(whether[3], edits.visible_subsample),
-    )  # fmt: skip
+        is_substituted_T=is_substituted_T,
+        substitute_T=_other_ids(ids_C, x0_BL.reshape(-1), which[1]),
+        is_inserted_T=is_inserted_T,
+        inserted_T=ids_C[_scaled(which[2], len(ids_C))],
+        is_deleted_T=is_deleted_T,
+        has_loss_T=_below(whether[2], edits.visible_subsample),
+        inserted_has_loss_T=_below(whether[3], edits.visible_subsample),
+    )
 
 
 def _below(word_T: np.ndarray, probability: float) -> np.ndarray:

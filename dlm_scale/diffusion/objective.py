@@ -36,7 +36,8 @@ def masked_diffusion(
     loss_sum is the local sum of weighted cross-entropies, before the denominator, and of z_loss times each token's
     squared log-sum-exp. stats: detached float64 that add up over micro-batches and ranks, of the masked tokens alone
     and free of all that is added to the loss: nelbo_sum (nats), ce_sum (unweighted nats), num_masked, num_correct; by
-    mask ratio, [NUM_BINS], ce_sum_bins and num_masked_bins; beside these [2] (sum, number) of each mean of a term or a measure.
+    mask ratio, [NUM_BINS], ce_sum_bins and num_masked_bins; beside these [2] (sum, number) of each mean of a term or
+    measure.
     """
 
     def readout(head):

@@ -103,8 +103,10 @@ def stream_settings(options: Mapping[str, Any], inference: Any) -> dict[str, Any
 
 
 def edit_settings(sampler: str, allow_edits: bool, inference: Any) -> dict[str, Any]:
-    """The settings of `stream` that let it edit, none where nothing is to be edited. Raises UsageError where the sampler
-    cannot edit, or the checkpoint has not learnt to."""
+    """The settings of `stream` that let it edit, none where nothing is to be edited.
+
+    Raises UsageError where the sampler cannot edit, or the checkpoint has not learnt to.
+    """
     if not allow_edits and not SAMPLERS[sampler].edits:
         return {}
     if SAMPLERS[sampler].reviser != "none":

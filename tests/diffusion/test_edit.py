@@ -111,14 +111,20 @@ def test_it_is_what_the_counter_table_says_token_by_token(ids):
     t_S = times(len(bounds) - 1) * 0.6
     before, after = made(x0_BL, t_S, Edits(0.3, TEXT, **ids), 0, maskable_BL, attention)
     replayed(x0_BL, maskable_BL, bounds, before, after, Edits(0.3, TEXT, **ids))
-    assert (after.xt_BL.numpy() == x0_BL)[~maskable_BL].all() and not np.isin(after.rows_N, np.flatnonzero(~maskable_BL)).any()
-    assert set(after.kind_N.tolist()) == {0, 1, 3} | ({2} if "delete_id" in ids else set()) | ({4} if "gap_id" in ids else set())
+    assert (after.xt_BL.numpy() == x0_BL)[~maskable_BL].all()
+    assert not np.isin(after.rows_N, np.flatnonzero(~maskable_BL)).any()
+    is_masked_N, weight_S = after.kind_N == KIND_MASKED, torch.zeros(len(bounds) - 1)
+    weight_S[before.segment_N] = before.weight_N  # one a segment
+    assert torch.equal(after.weight_N, torch.where(is_masked_N, weight_S[after.segment_N], 1.0))
+    assert torch.equal(after.elbo_weight_N, torch.where(is_masked_N, weight_S[after.segment_N], 0.0))
+    kinds = {0, 1, 3} | ({2} if "delete_id" in ids else set()) | ({4} if "gap_id" in ids else set())
+    assert set(after.kind_N.tolist()) == kinds
 
 
 def test_anneal_rises_in_the_first_half_of_the_stage():
     for start in (0.0, 0.5, 0.8):
-        values = [corruption_prob(x, start, 0.1, True) for x in (start, (1 + 3 * start) / 4 + 0.0, (1 + start) / 2, 1.0)]
-        assert values[::2] + values[3:] == pytest.approx([0.0, 0.1, 0.1])
+        values = [corruption_prob(x, start, 0.1, True) for x in (0.0, start, (1 + start) / 2, 1.0)]
+        assert values == pytest.approx([0.0, 0.0, 0.1, 0.1])
         assert corruption_prob((3 * start + 1) / 4, start, 0.1, True) == pytest.approx(0.05)
         assert corruption_prob(start, start, 0.1, False) == 0.1
     assert corruption_prob(0.0, 0.8, 0.1, True) == corruption_prob(0.79, 0.8, 0.1, False) == 0.0
@@ -134,8 +140,9 @@ def test_without_a_probability_nothing_but_visible_loss_is_added():
     assert torch.equal(after.xt_BL, before.xt_BL) and after.rows_N.tolist() == list(range(270))
     masked = before.is_masked_BL.numpy()
     assert np.array_equal(whole(after, after.kind_N), np.where(masked, KIND_MASKED, KIND_VISIBLE))
-    assert (whole(after, after.weight_N, 0.0)[~masked] == 1).all() and (whole(after, after.elbo_weight_N)[~masked] == 0).all()
-    assert np.array_equal(whole(after, after.weight_N, 0.0)[masked], before.weight_N.numpy().astype(float))
+    weight_BL, elbo_weight_BL = (whole(after, values, 0.0) for values in (after.weight_N, after.elbo_weight_N))
+    assert (weight_BL[~masked] == 1).all() and (elbo_weight_BL[~masked] == 0).all()
+    assert np.array_equal(weight_BL[masked], before.weight_N.numpy().astype(float))
 
 
 def test_substitutions_have_their_rate_and_are_uniform_over_the_other_ids(chi_square_p):

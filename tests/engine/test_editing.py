@@ -54,21 +54,25 @@ def run_configs(tensor, configs):
 
 @pytest.fixture(scope="module")
 def alone():
-    """(with the stage, without it) in one process."""
+    """(with the stage, with one that never begins, without its keys) in one process."""
     import_distributed()
-    return run_ranks(1, run_configs, 1, [case_config(**EDITING), case_config(**EDITING | {"diffusion__edit_stage_start": 1.0}),
-                                         case_config(data__random_length_share=0.5)])[0]  # fmt: skip
+    never = case_config(**EDITING | {"diffusion__edit_stage_start": 1.0})
+    configs = [case_config(**EDITING), never, case_config(data__random_length_share=0.5)]
+    return run_ranks(1, run_configs, 1, configs)[0]
 
 
 def test_nothing_changes_a_bit_before_the_stage_or_without_one(alone):
     edited, never, plain = alone
     assert never["lines"] == plain["lines"] and differences(never, plain)["weights"] == 0
     assert edited["lines"][:2] == plain["lines"][:2]
-    assert all(a["hash"] != b["hash"] and a["loss"] != b["loss"] for a, b in zip(edited["lines"][2:], plain["lines"][2:]))
+    for mine, other in zip(edited["lines"][2:], plain["lines"][2:]):
+        assert mine["hash"] != other["hash"] and mine["loss"] != other["loss"]
 
 
-@pytest.mark.parametrize("tensor, options", [(2, {"train__micro_batch_size": 4}), (1, {"train__micro_batch_size": 1, "zero__stage": 3})],
-                         ids=["TP2", "DP2-zero3"])  # fmt: skip
+LAYOUTS = {"TP2": (2, {"train__micro_batch_size": 4}), "DP2-zero3": (1, {"train__micro_batch_size": 1, "zero__stage": 3})}
+
+
+@pytest.mark.parametrize("tensor, options", LAYOUTS.values(), ids=LAYOUTS)
 def test_a_layout_changes_no_number(alone, tensor, options):
     config = case_config(**EDITING, **options, parallel__tensor_parallel_size=tensor)
     found = differences(run_ranks(2, run_configs, tensor, [config])[0][0], alone[0])
@@ -107,8 +111,8 @@ def test_the_stage_needs_the_ids_that_open_datasets_finds():
 
 
 def test_discrete_times_are_whole_steps():
-    (batch,) = one_batch(diffusion__num_diffusion_steps=10, diffusion__weighting="elbo", diffusion__edit_stage_start=1.0)
-    (smooth,) = one_batch(diffusion__weighting="elbo", diffusion__edit_stage_start=1.0)
+    elbo = {"diffusion__weighting": "elbo", "diffusion__edit_stage_start": 1.0}
+    (batch,), (smooth,) = one_batch(diffusion__num_diffusion_steps=10, **elbo), one_batch(**elbo)
     steps_S = batch.t_B.numpy() * 10
     assert np.allclose(steps_S, np.ceil(smooth.t_B.numpy() * 10)) and len(set(steps_S.round())) > 3
     assert torch.allclose(batch.weight_N.double(), 1 / batch.t_B[batch.segment_N])
@@ -118,7 +122,8 @@ def test_discrete_times_are_whole_steps():
 def folder(tmp_path_factory):
     """chars: text with both special tokens; plain: without; chat: conversations with both."""
     root = tmp_path_factory.mktemp("edit")
-    (root / "a.jsonl").write_text("".join(json.dumps({"text": f"{i}: to be or not to be. " * (1 + i % 3)}) + "\n" for i in range(150)))
+    texts = [json.dumps({"text": f"{i}: to be or not to be. " * (1 + i % 3)}) + "\n" for i in range(150)]
+    (root / "a.jsonl").write_text("".join(texts))
     rows = [{"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "ab" * (i % 5 + 1)}]}
             for i in range(120)]  # fmt: skip
     (root / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -150,8 +155,9 @@ def test_a_dataset_without_the_answers_is_refused_with_the_remedy(folder):
 
 @pytest.mark.parametrize("packing", ["none", "best_fit"])
 def test_conversations_are_edited_in_their_answers_alone(folder, packing):
-    config = case_config(**EDITING | {"data__random_length_share": 0.0, "data__packing": packing, "model__seq_len": 96,
-                                      "data__train": str(folder / "chat" / "train"), "diffusion__visible_subsample": 1.0})  # fmt: skip
+    changes = {"data__random_length_share": 0.0, "data__packing": packing, "model__seq_len": 96,
+               "data__train": str(folder / "chat" / "train"), "diffusion__visible_subsample": 1.0}  # fmt: skip
+    config = case_config(**EDITING | changes)
     data, _ = open_datasets(config)
     rows = data.rows(np.arange(40, 48))
     (batch,) = make_batch(trainer_of(config, data.vocabulary), data, TrainState(5, 40))
@@ -164,7 +170,7 @@ def test_conversations_are_edited_in_their_answers_alone(folder, packing):
     assert (batch.weight_N[batch.kind_N != KIND_MASKED] == 1).all()
 
 
-def test_a_run_goes_on_to_the_bit_says_how_it_edits_and_may_then_be_sampled_with_edits(folder, config_file, tmp_path, capsys):
+def test_a_run_goes_on_to_the_bit_and_may_then_be_sampled_with_edits(folder, config_file, tmp_path, capsys):
     keys = (f"data.train={folder}/chars/train", f"data.validation={folder}/chars/val", "diffusion.edit_stage_start=0.5",
             "diffusion.deletion_corruption=true", "diffusion.corruption_prob=0.3")  # fmt: skip
     assert train(config_file, tmp_path / "whole", *keys) == [0]
@@ -175,7 +181,8 @@ def test_a_run_goes_on_to_the_bit_says_how_it_edits_and_may_then_be_sampled_with
     assert train(config_file, tmp_path / "parts", *keys) == [0]
     assert status(tmp_path / "whole")["weights_hash"] == status(tmp_path / "parts")["weights_hash"]
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-    stages = [{key: line[key] for key in line if key.startswith(("visible", "corrupted"))} for line in lines if "loss" in line]
+    stages = [{key: line[key] for key in line if key.startswith(("visible", "corrupted"))}
+              for line in lines if "loss" in line]  # fmt: skip
     assert not any(stages[:6]) and all(len(stage) == 3 and stage["visible_ce"] > 0 for stage in stages[6:])
     assert all(np.isfinite(line["val_nelbo"]) for line in lines if "val_nelbo" in line)
     capsys.readouterr()
@@ -204,7 +211,8 @@ def run_sample(*arguments):
      ({"time_loss_weighting": True, "weighting": "simple"}, "diffusion.time_loss_weighting"),
      ({"num_diffusion_steps": 100}, "diffusion.num_diffusion_steps"),
      ({"num_diffusion_steps": 100, "weighting": "elbo", "schedule": "cosine"}, "diffusion.num_diffusion_steps"),
-     ({"visible_subsample": 0.0}, "diffusion.visible_subsample"), ({"edit_stage_start": 1.5}, "diffusion.edit_stage_start")],
+     ({"visible_subsample": 0.0}, "diffusion.visible_subsample"),
+     ({"edit_stage_start": 1.5}, "diffusion.edit_stage_start")],
 )  # fmt: skip
 def test_keys_that_contradict_each_other_are_refused(diffusion, wrong):
     with pytest.raises(UsageError, match=wrong):

@@ -15,10 +15,11 @@ EDIT_IDS = {"delete": DELETE, "gap": GAP}
 
 def moved(tokens: str, is_deleted: str, is_gap: str, is_open: str = "") -> str:
     """The row after the moves, as text; `_` is a mask."""
-    is_open_BL, *marks = (torch.tensor([[c != "." for c in text]]) for text in (is_open or "o" * len(tokens), is_deleted, is_gap))
-    is_masked_BL = torch.tensor([[c == "_" for c in tokens]])
-    to = moves(is_open_BL, is_masked_BL, *marks)
-    return "".join("_" if new else tokens[source] for source, new in zip(to.source_BL[0].tolist(), to.is_new_BL[0].tolist()))
+    marks = (is_open or "o" * len(tokens), is_deleted, is_gap)
+    is_open_BL, is_deleted_BL, is_gap_BL = (torch.tensor([[c != "." for c in mark]]) for mark in marks)
+    to = moves(is_open_BL, torch.tensor([[c == "_" for c in tokens]]), is_deleted_BL, is_gap_BL)
+    places = zip(to.source_BL[0].tolist(), to.is_new_BL[0].tolist())
+    return "".join("_" if is_new else tokens[source] for source, is_new in places)
 
 
 @pytest.mark.parametrize(
@@ -114,8 +115,8 @@ def test_edits_leave_the_law_of_an_exact_denoiser_in_the_limit(chain):
 
     def made(num_steps, num_rows=40_000, predict=gibbs, **options):
         x_BL = torch.zeros(num_rows, chain.L, dtype=torch.long)
-        return generate(predict, x_BL, torch.zeros_like(x_BL, dtype=torch.bool), sampler=replace(SAMPLERS["edit"], **options),
-                        num_steps=num_steps, seed=3, mask_id=chain.mask_id, request_hashes=[17] * num_rows,
+        sampler, nothing_BL = replace(SAMPLERS["edit"], **options), torch.zeros_like(x_BL, dtype=torch.bool)
+        return generate(predict, x_BL, nothing_BL, sampler=sampler, num_steps=num_steps, seed=3, mask_id=chain.mask_id, request_hashes=[17] * num_rows,
                         sample_indices=range(num_rows))  # fmt: skip
 
     few, many = made(8, edit_rate=0.5), made(64, edit_rate=1 / 16)
