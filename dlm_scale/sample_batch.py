@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dlm_scale.errors import UsageError
-from dlm_scale.parallel.dist_env import DistEnv, dist_env, start_process_group
+from dlm_scale.parallel.dist_env import DistEnv, dist_env, from_first, start_process_group
 from dlm_scale.parallel.mesh import Mesh
 from dlm_scale.sampling.settings import FLAG, add_sampling_arguments, check_ranges, check_sampling
 from dlm_scale.sampling.settings import longest_canvas, num_steps, stream_settings
@@ -87,7 +87,7 @@ def _sample(job: Job) -> None:
     if inference.is_autoregressive:
         raise UsageError(f"{args.checkpoint} is autoregressive: batches are for masked checkpoints so far; use dlm sample")
     settings = stream_settings(vars(args), inference)
-    _from_first(job.env.rank == 0, 0, None, lambda: _prepare(job, inference, settings))
+    from_first(job.env.rank == 0, 0, None, lambda: _prepare(job, inference, settings))
     if job.mesh.tensor_size == 1:
         stop_runtime()  # from here on no worker waits for another
     _sample_share(job, inference, settings)
@@ -145,24 +145,6 @@ def _shard(flag: "str | None", environ: Mapping[str, str]) -> tuple[int, int]:
     if (most - least) // step + 1 != count:
         raise UsageError("this Slurm array leaves out task numbers: give it as 0-7, or give --shard I/N")
     return (task - least) // step, count
-
-
-def _from_first(is_first: bool, first: int, group: Any, make: Callable[[], Any]) -> Any:
-    """What `make` gives on rank `first` of a group (None: of the world), on all its ranks; if it fails, all do."""
-    import torch.distributed as dist
-
-    if not dist.is_initialized():
-        return make()
-    failure, made = None, [False, None]
-    if is_first:
-        try:
-            made = [True, make()]
-        except UsageError as error:
-            failure = error
-    dist.broadcast_object_list(made, first, group=group)
-    if not made[0]:
-        raise failure or UsageError(f"rank {first} could not begin: see its message")
-    return made[1]
 
 
 def _prepare(job: Job, inference: Any, settings: dict) -> None:
@@ -289,7 +271,7 @@ def _sample_share(job: Job, inference: Any, settings: dict) -> None:
     steps = np.array([num_steps(vars(args), inference, int(count)) for count in distinct])[place]
     with ExitStack() as held:
         make_plan = partial(_plan, job, inference, settings, (lengths, steps, num_open), held)
-        plan = _from_first(job.is_first, mesh.rank - mesh.tensor_rank, mesh.tensor_group, make_plan)
+        plan = from_first(job.is_first, mesh.rank - mesh.tensor_rank, mesh.tensor_group, make_plan)
         if plan is None:
             return
         if len(plan.todo):

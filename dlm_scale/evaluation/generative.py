@@ -18,9 +18,11 @@ import numpy as np
 import torch
 
 from dlm_scale.data.files import parse_json
+from dlm_scale.engine.evaluation import gather_parts
 from dlm_scale.errors import UsageError
 from dlm_scale.evaluation.judges import Judge, Sample, judged
 from dlm_scale.evaluation.text_statistics import variety
+from dlm_scale.parallel.mesh import Mesh
 from dlm_scale.sampling.engine import Generated, generate
 
 LEFT_TO_RIGHT = "left_to_right"  # the only sampler of an autoregressive checkpoint
@@ -40,19 +42,25 @@ class SamplingOptions:
     batch_size: int = 16
 
 
-def make_samples(inference: Any, options: SamplingOptions) -> list[Sample]:
-    """Samples as `dlm sample` with an empty prompt would draw them; the text does not depend on the batch size."""
-    samples = []
-    for first in range(0, options.num_samples, options.batch_size):
-        index_B = range(first, min(first + options.batch_size, options.num_samples))
-        x_BL = torch.full((len(index_B), options.length), inference.vocabulary.mask_id, device=inference.device)
-        is_fixed_BL = torch.zeros_like(x_BL, dtype=torch.bool)
-        made = fill(inference, x_BL, is_fixed_BL, options.sampler, options.steps, seed=options.seed,
-                    request_hashes=[zlib.crc32(b"")] * len(index_B), sample_indices=index_B,
-                    temperature=options.temperature, top_p=options.top_p)  # fmt: skip
-        rows = zip(made.ids_BL.tolist(), made.nfe_B.tolist())
-        samples += [Sample(inference.tokenizer.decode(ids), ids, nfe) for ids, nfe in rows]
-    return samples
+def make_samples(inference: Any, options: SamplingOptions, mesh: Mesh = Mesh()) -> list[Sample]:
+    """Samples as `dlm sample` with an empty prompt would draw them; the text does not depend on the batch size.
+
+    Whole batches are dealt out to the data-parallel ranks, and all ranks get all samples. Collective.
+    """
+    firsts = range(0, options.num_samples, options.batch_size)
+    mine = [(first, _batch(inference, options, first)) for first in firsts[mesh.data_rank :: mesh.data_size]]
+    return [sample for _, batch in sorted(gather_parts(mine, mesh), key=lambda part: part[0]) for sample in batch]
+
+
+def _batch(inference: Any, options: SamplingOptions, first: int) -> list[Sample]:
+    index_B = range(first, min(first + options.batch_size, options.num_samples))
+    x_BL = torch.full((len(index_B), options.length), inference.vocabulary.mask_id, device=inference.device)
+    is_fixed_BL = torch.zeros_like(x_BL, dtype=torch.bool)
+    made = fill(inference, x_BL, is_fixed_BL, options.sampler, options.steps, seed=options.seed,
+                request_hashes=[zlib.crc32(b"")] * len(index_B), sample_indices=index_B,
+                temperature=options.temperature, top_p=options.top_p)  # fmt: skip
+    rows = zip(made.ids_BL.tolist(), made.nfe_B.tolist())
+    return [Sample(inference.tokenizer.decode(ids), ids, nfe) for ids, nfe in rows]
 
 
 def fill(
@@ -132,11 +140,11 @@ def reference_samples(data: Any, tokenizer: Any, num_rows: int) -> list[Sample]:
 
 
 def sweep(inference: Any, judge: Judge, samplers: Sequence[str], steps: Sequence[int], options: SamplingOptions,
-          say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
-    """One report for each sampler and number of steps, in that order."""
+          say: Callable[[str], None], mesh: Mesh = Mesh()) -> Iterator[dict[str, Any]]:
+    """One report for each sampler and number of steps, in that order. Collective."""
     for sampler in samplers:
         for num_steps in steps:
-            samples = make_samples(inference, replace(options, sampler=sampler, steps=num_steps))
+            samples = make_samples(inference, replace(options, sampler=sampler, steps=num_steps), mesh)
             report = {"sampler": sampler, "steps": num_steps} | text_report(samples, judge)
             say(text_line(report))
             yield report
