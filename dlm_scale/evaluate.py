@@ -54,7 +54,7 @@ def _add_text_arguments(group: Any) -> None:
     add = group.add_argument
     add("--samples", metavar="FILE", help="score these samples: JSON Lines with text and, if there, tokens and nfe")
     add("--generate", type=int, metavar="N", help="score N samples made now, by --sampler in --steps")
-    add("--sampler", default="ancestral", help="of --generate (default ancestral; autoregressive: left_to_right)")
+    add("--sampler", help="of --generate (default ancestral; autoregressive: left_to_right)")
     add("--sweep", metavar="S1,S2", help="samplers: quality against passes at all --steps, to OUT.png and OUT.json")
     add("--steps", default="0", metavar="N1,N2", help="most passes a sample; 0: as many as tokens (default 0)")
     add("--length", type=int, help="tokens a sample (default: the context length)")
@@ -153,10 +153,11 @@ def evaluate_text(args: argparse.Namespace, runtime: Any) -> dict[str, Any]:
     if args.samples is not None:
         samples, made = read_samples(args.samples, inference.tokenizer), {}
     else:
-        check_samplers([args.sampler], inference)
-        options = _sampling_options(args, inference, args.sampler, _steps(args)[0])
+        sampler = args.sampler or inference.default_sampler
+        check_samplers([sampler], inference)
+        options = _sampling_options(args, inference, sampler, _steps(args)[0])
         samples = make_samples(inference, options, runtime.mesh)
-        made = {"sampler": args.sampler, "steps": options.steps}
+        made = {"sampler": sampler, "steps": options.steps}
     return made | text_report(samples, judge) | {"reference": _reference(args, inference, judge, len(samples), runtime)}
 
 
@@ -186,10 +187,9 @@ def evaluate_sweep(args: argparse.Namespace, runtime: Any) -> dict[str, Any]:
 
 def check_samplers(names: list[str], inference: Any) -> None:
     """UsageError for a sampler that does not exist."""
-    from dlm_scale.evaluation.generative import LEFT_TO_RIGHT
-    from dlm_scale.sampling import SAMPLERS
+    from dlm_scale.sampling.samplers import AUTOREGRESSIVE_SAMPLERS, SAMPLERS
 
-    known = [LEFT_TO_RIGHT] if inference.is_autoregressive else list(SAMPLERS)
+    known = list(AUTOREGRESSIVE_SAMPLERS if inference.is_autoregressive else SAMPLERS)
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)

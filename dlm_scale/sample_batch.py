@@ -84,8 +84,6 @@ def _sample(job: Job) -> None:
 
     args = job.args
     inference = load_for_inference(args.checkpoint, args.device, local_rank=job.env.local_rank, mesh=job.mesh)
-    if inference.is_autoregressive:
-        raise UsageError(f"{args.checkpoint} is autoregressive: batches are for masked checkpoints so far; use dlm sample")
     settings = stream_settings(vars(args), inference)
     from_first(job.env.rank == 0, 0, None, lambda: _prepare(job, inference, settings))
     if job.mesh.tensor_size == 1:
@@ -207,7 +205,8 @@ def _reader(args: argparse.Namespace, inference: Any):
     from dlm_scale.sampling.prompt_file import Reader
 
     longest = longest_canvas(vars(args), inference)
-    return Reader(load_json, inference.tokenizer, inference.vocabulary, longest, args.max_new_tokens)
+    return Reader(load_json, inference.tokenizer, inference.vocabulary, longest, args.max_new_tokens,
+                  inference.is_autoregressive)
 
 
 def _identity(args: argparse.Namespace, inference: Any, settings: dict, described: dict) -> dict[str, Any]:
@@ -305,16 +304,16 @@ def _make(job: Job, inference: Any, settings: dict, index: Any, plan: Plan, keys
     from dlm_scale.sampling.fixed_shape import FixedShapePredict
 
     args, (lengths, steps) = job.args, keys
-    predict = FixedShapePredict(inference.model, inference.vocabulary.mask_id, inference.device, _pass_shape(inference))
+    fixed = FixedShapePredict(inference.model, inference.vocabulary.mask_id, inference.device, _pass_shape(inference))
     progress = Progress(plan.num_mine, plan.num_mine - len(plan.todo), job.env.rank == 0)
     with open_regular(args.input) as file, _writer(job) as write:
-        maker = Maker(index, file, _reader(args, inference), inference, predict, settings, args.num_samples)
+        maker = Maker(index, file, _reader(args, inference), inference, fixed, settings, args.num_samples)
         for batch in batches(plan.todo, lengths, steps, args.num_samples, plan.batch_size):
             begun = time.perf_counter()
             rows = maker.make(batch, int(steps[batch[0] // args.num_samples]))
             write(batch, rows, time.perf_counter() - begun)
             progress.add(len(rows), maker.new_tokens)
-    progress.end(predict)
+    progress.end(fixed)
 
 
 @contextmanager
@@ -350,7 +349,7 @@ class Maker:
     file: Any
     reader: Any
     inference: Any
-    predict: Any
+    fixed: Any
     settings: dict
     num_samples: int
     new_tokens: int = 0
@@ -373,7 +372,7 @@ class Maker:
         )
         places = {"request_hashes": [low for low, _ in addresses], "sample_indices": [high for _, high in addresses]}
         try:
-            made = generate(self.predict, x_BL, is_fixed_BL, **places, **self.settings, num_steps=steps)
+            made = generate(self._predict, x_BL, is_fixed_BL, **places, **self.settings, num_steps=steps)
         except ValueError as error:  # settings that only the canvas shows to be impossible, a model that has diverged
             raise UsageError(f"cannot sample the requests of {len(x_BL[0])} tokens: {error}") from error
         self.new_tokens = sum(canvas.num_open for canvas in canvases)
@@ -382,6 +381,10 @@ class Maker:
             one = finished(int(sample), ids, nfe, canvas, self.settings["stop_ids"], self.inference.tokenizer)
             rows.append({"id": request_id, "sample": one.index, "text": one.text, "tokens": one.ids, "nfe": one.nfe})
         return rows
+
+    def _predict(self, x_BL: Any, rows_N: Any) -> Any:
+        read_BL, attention = self.inference.network_input(x_BL)
+        return self.fixed(read_BL, rows_N, attention)
 
 
 def _batch_size(job: Job, inference: Any, settings: dict, length: int, steps: int) -> int:

@@ -24,8 +24,7 @@ from dlm_scale.evaluation.judges import Judge, Sample, judged
 from dlm_scale.evaluation.text_statistics import variety
 from dlm_scale.parallel.mesh import Mesh
 from dlm_scale.sampling.engine import Generated, generate
-
-LEFT_TO_RIGHT = "left_to_right"  # the only sampler of an autoregressive checkpoint
+from dlm_scale.sampling.samplers import LEFT_TO_RIGHT
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,8 @@ def _batch(inference: Any, options: SamplingOptions, first: int) -> list[Sample]
 def fill(
     inference: Any, x_BL: torch.Tensor, is_fixed_BL: torch.Tensor, sampler: str, steps: int, **settings
 ) -> Generated:
-    """`generate` for checkpoints of either kind; steps 0: one for each open position.
+    """`generate` for checkpoints of either kind; steps 0: one for each open position. From left to right it is always
+    one, and what stands behind a position is never looked at.
 
     Raises UsageError for a sampler of the other kind.
     """
@@ -74,22 +74,9 @@ def fill(
         raise UsageError(f"sampler {sampler!r}: {inference.checkpoint.path} is "
                          f"{'' if inference.is_autoregressive else 'not '}autoregressive, and {LEFT_TO_RIGHT!r} is the "
                          "sampler of those that are, and of no other")
-    settings = {**settings, "mask_id": inference.vocabulary.mask_id}
-    if inference.is_autoregressive:
-        return _left_to_right(inference, x_BL, is_fixed_BL, settings)
-    num_steps = steps or max(1, int((~is_fixed_BL).sum(1).max()))
-    return generate(inference.predict, x_BL, is_fixed_BL, sampler=sampler, num_steps=num_steps, **settings)
-
-
-def _left_to_right(inference: Any, x_BL: torch.Tensor, is_fixed_BL: torch.Tensor, settings: dict) -> Generated:
-    """One open position a pass. What stands behind it is never looked at, so that it need not be the mask."""
-    x_BL = torch.where(is_fixed_BL, x_BL, int(inference.vocabulary.mask_id == 0))
-    for position in range(x_BL.shape[1]):
-        here = torch.arange(x_BL.shape[1], device=x_BL.device) == position
-        if bool((here & ~is_fixed_BL).any()):
-            others_BL = is_fixed_BL | ~here
-            x_BL = generate(inference.predict, x_BL, others_BL, sampler="random", num_steps=1, **settings).ids_BL
-    return Generated(x_BL, (~is_fixed_BL).sum(1))
+    steps = 0 if sampler == LEFT_TO_RIGHT else steps
+    return generate(inference.predict, x_BL, is_fixed_BL, sampler=sampler, mask_id=inference.vocabulary.mask_id,
+                    num_steps=steps or max(1, int((~is_fixed_BL).sum(1).max())), **settings)
 
 
 def read_samples(path: str, tokenizer: Any) -> list[Sample]:
