@@ -18,6 +18,7 @@ as 1/num_steps.
 
 from dataclasses import dataclass, replace
 
+LEFT_TO_RIGHT = "left_to_right"
 CACHES = ("none", "prefix", "dual")  # caches.py
 
 
@@ -33,6 +34,7 @@ class Sampler:
     edit_rate   a visible token is drawn anew with this probability a step, times the part of the steps still to come
     edit_below  and where the model gives it less than this (edits.py; both only for models with an edit stage)
     one_token_a_step   where nobody names a number of steps, take as many as there are tokens
+    is_left_to_right   fills one position a step after the other, whatever the block size and the number of steps
     """
 
     schedule: str = "even"
@@ -48,6 +50,7 @@ class Sampler:
     edit_rate: float = 0.0
     edit_below: float = 0.0
     one_token_a_step: bool = False
+    is_left_to_right: bool = False
 
     def __post_init__(self):
         if self.reviser != "none" and (self.schedule, self.selector) != ("independent", "due"):
@@ -59,6 +62,8 @@ class Sampler:
             raise ValueError(f"eta is a probability below 1 (or 1 with reviser 'confidence'), not {self.eta}")
         if not (0 <= self.edit_rate <= 1 and 0 <= self.edit_below <= 1):
             raise ValueError(f"edit_rate and edit_below lie in [0, 1], not {self.edit_rate} and {self.edit_below}")
+        if self.edits and self.is_left_to_right:
+            raise ValueError("edits need a network that looks both ways, not one that fills from left to right")
         if self.edits and self.reviser != "none":
             raise ValueError(f"reviser {self.reviser!r} masks again what edits would draw anew: choose one of them")
         if min(self.gamma, self.gumbel, self.factor) < 0:
@@ -110,6 +115,9 @@ SAMPLERS = {
     "edit_gated": Sampler(schedule="independent", edit_below=0.1),
 }
 
+# Of autoregressive checkpoints, which know no other order: the law of the model itself. Not in the table of the above.
+AUTOREGRESSIVE_SAMPLERS = {LEFT_TO_RIGHT: Sampler(one_token_a_step=True, is_left_to_right=True)}
+
 
 def resolve(sampler: "str | Sampler", allow_edits: bool = False) -> Sampler:
     """The sampler of that name, or the one given; with allow_edits one that edits, by EDIT_RATE if not of itself.
@@ -117,7 +125,8 @@ def resolve(sampler: "str | Sampler", allow_edits: bool = False) -> Sampler:
     Raises ValueError on an unknown name, and where the sampler cannot edit.
     """
     if not isinstance(sampler, Sampler):
-        if sampler not in SAMPLERS:
-            raise ValueError(f"unknown sampler {sampler!r}; choose one of: {', '.join(SAMPLERS)}")
-        sampler = SAMPLERS[sampler]
+        known = SAMPLERS | AUTOREGRESSIVE_SAMPLERS
+        if sampler not in known:
+            raise ValueError(f"unknown sampler {sampler!r}; choose one of: {', '.join(known)}")
+        sampler = known[sampler]
     return replace(sampler, edit_rate=EDIT_RATE) if allow_edits and not sampler.edits else sampler

@@ -12,7 +12,7 @@ from typing import Any
 
 from dlm_scale.errors import UsageError
 from dlm_scale.sampling.requests import LONGEST_IN_BLOCKS
-from dlm_scale.sampling.samplers import CACHES, SAMPLERS
+from dlm_scale.sampling.samplers import AUTOREGRESSIVE_SAMPLERS, CACHES, LEFT_TO_RIGHT, SAMPLERS, resolve
 
 _ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\\": "\\"}
 RANGES = {
@@ -37,7 +37,8 @@ FLAG = {"type": boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
 def add_sampling_arguments(parser: argparse.ArgumentParser, num_samples: int) -> None:
     """The shared flags; each takes `--key=value` too. `num_samples` is the default of that flag."""
     add = parser.add_argument
-    add("--sampler", help=f"one of {', '.join(SAMPLERS)} (default: the checkpoint's)")
+    add("--sampler", help=f"one of {', '.join(SAMPLERS)}; {LEFT_TO_RIGHT} of autoregressive checkpoints (default: the "
+        "checkpoint's)")  # fmt: skip
     add("--steps", "--diffusion_steps", type=int, default=0, help="most passes a sample; 0 = the checkpoint's default")
     add("--max_new_tokens", type=int, help="tokens after the prompt (default: 256, or what the context leaves)")
     add("--num_samples", "-n", type=int, default=num_samples, help="how many samples (default: %(default)s)")
@@ -69,10 +70,10 @@ def check_ranges(options: Mapping[str, Any], ranges: Mapping[str, tuple]) -> Non
 
 def check_sampling(options: Mapping[str, Any]) -> None:
     """Raises UsageError for an unknown sampler or a value outside its range."""
-    name = options["sampler"]
-    if name is not None and name not in SAMPLERS:
-        near = difflib.get_close_matches(name, SAMPLERS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose one of: {', '.join(SAMPLERS)}"
+    name, known = options["sampler"], [*SAMPLERS, *AUTOREGRESSIVE_SAMPLERS]
+    if name is not None and name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of: {', '.join(known)}"
         raise UsageError(f"--sampler {name!r} is not a sampler; {hint}")
     check_ranges(options, RANGES)
     if options["cache"] != "none" and options["block_size"] is None:
@@ -82,7 +83,11 @@ def check_sampling(options: Mapping[str, Any]) -> None:
 
 
 def stream_settings(options: Mapping[str, Any], inference: Any) -> dict[str, Any]:
-    """The keyword settings of `stream` that do not depend on the canvas: all but num_steps."""
+    """The keyword settings of `stream` that do not depend on the canvas: all but num_steps.
+
+    Raises UsageError for tokens that are none, and for what a checkpoint of this kind cannot do.
+    """
+    _check_kind(options, inference)
     return {
         "sampler": options["sampler"] or inference.default_sampler,
         "seed": options["seed"],
@@ -107,12 +112,36 @@ def edit_settings(sampler: str, allow_edits: bool, inference: Any) -> dict[str, 
 
     Raises UsageError where the sampler cannot edit, or the checkpoint has not learnt to.
     """
-    if not allow_edits and not SAMPLERS[sampler].edits:
+    chosen = resolve(sampler)
+    if not allow_edits and not chosen.edits:
         return {}
-    if SAMPLERS[sampler].reviser != "none":
+    if chosen.reviser != "none":
         raise UsageError(f"--allow_edits: sampler {sampler!r} masks tokens again, which edits would draw anew: choose "
                          "another sampler, or leave edits out")
     return {"allow_edits": True, "edit_ids": inference.edit_ids}
+
+
+def goes_left_to_right(inference: Any) -> bool:
+    """Whether the checkpoint is autoregressive."""
+    return inference.default_sampler in AUTOREGRESSIVE_SAMPLERS
+
+
+def _check_kind(options: Mapping[str, Any], inference: Any) -> None:
+    name, is_autoregressive = options["sampler"] or inference.default_sampler, goes_left_to_right(inference)
+    if is_autoregressive != (name in AUTOREGRESSIVE_SAMPLERS):
+        raise UsageError(f"--sampler {name}: " + (
+            "this checkpoint is autoregressive and can only fill from left to right; leave --sampler out"
+            if is_autoregressive else
+            f"only autoregressive checkpoints have it, and this one is not; choose one of: {', '.join(SAMPLERS)}"))
+    if not is_autoregressive:
+        return
+    neutral = {"steps": 0, "allow_edits": False, "guidance": 0, "cache": "none",
+               "block_size": None if options["block_size"] is None else 1}  # fmt: skip
+    for flag, value in neutral.items():
+        if options[flag] != value:
+            raise UsageError(f"--{flag} {options[flag]}: this checkpoint is autoregressive and fills from left to right, "
+                             "a pass for each token; leave it out"
+                             + (", or give 1 for text beyond the context" if flag == "block_size" else ""))
 
 
 def longest_canvas(options: Mapping[str, Any], inference: Any) -> int:
@@ -123,7 +152,7 @@ def longest_canvas(options: Mapping[str, Any], inference: Any) -> int:
 def num_steps(options: Mapping[str, Any], inference: Any, num_open: int) -> int:
     """Most passes of a canvas with `num_open` positions to fill: what was asked for, else the sampler's default."""
     name = options["sampler"] or inference.default_sampler
-    is_one_a_token = SAMPLERS[name].one_token_a_step or options["block_size"] is not None
+    is_one_a_token = resolve(name).one_token_a_step or options["block_size"] is not None
     default = num_open if is_one_a_token else inference.default_num_steps
     return options["steps"] or max(1, default)
 
