@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dlm_scale.config import resolve_batch
+from dlm_scale.diffusion.modifiers import Judge
 from dlm_scale.engine.checks import check_against_table
 from dlm_scale.engine.deepspeed_config import deepspeed_dict, zero_stage
 from dlm_scale.engine.objectives import Objective, objective_of
@@ -37,8 +38,9 @@ class Trainer:
     objective: Objective
 
 
-def build_trainer(config: Any, runtime: Runtime, vocabulary: Any) -> Trainer:
-    """Build model, optimizer and engine; the weights are not set yet (`StateAccess.fill`). Collective."""
+def build_trainer(config: Any, runtime: Runtime, vocabulary: Any, judge: Judge | None = None) -> Trainer:
+    """Build model, optimizer and engine; the weights are not set yet (`StateAccess.fill`). `judge` is what
+    `objective.judge` names (judge.py). Collective."""
     accumulation = resolve_batch(config, runtime.mesh.data_size)
     stage, ds_config = zero_stage(config), deepspeed_dict(config, accumulation)
     deepspeed = import_deepspeed()
@@ -56,7 +58,8 @@ def build_trainer(config: Any, runtime: Runtime, vocabulary: Any) -> Trainer:
     unit = unit_of(runtime.mesh)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, mpu=unit)
     access = StateAccess(engine, stage, table, runtime.mesh)
-    return Trainer(config, runtime, vocabulary, engine, table, access, stage, accumulation, objective_of(config))
+    return Trainer(config, runtime, vocabulary, engine, table, access, stage, accumulation,
+                   objective_of(config, judge))
 
 
 def _zero_init(deepspeed: Any, stage: int, ds_config: dict, runtime: Runtime) -> Any:

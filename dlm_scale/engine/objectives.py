@@ -9,12 +9,36 @@ from typing import Any
 import torch
 
 from dlm_scale.diffusion.corruption import Corrupted
+from dlm_scale.diffusion.labels import LABEL_OBJECTIVES
+from dlm_scale.diffusion.modifiers import Judge, Modifiers, modified_weights
 from dlm_scale.diffusion.objective import masked_diffusion
 
 Objective = Callable[[Callable, Corrupted, int], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
-def objective_of(config: Any) -> Objective:
-    """objective(hidden_fn, corrupted, step) -> (loss_sum, stats)."""
-    plain = partial(masked_diffusion, z_loss=config.diffusion.z_loss)
-    return lambda hidden_fn, corrupted, step: plain(hidden_fn, corrupted)
+def objective_of(config: Any, judge: Judge | None = None) -> Objective:
+    """objective(hidden_fn, corrupted, step) -> (loss_sum, stats). `judge` is what `objective.judge` names."""
+    options = config.objective
+    if (options.judge is None) != (judge is None):
+        raise ValueError(f"objective.judge is {options.judge}, and a judge was {'not ' * (judge is None)}given")
+    if options.kind in LABEL_OBJECTIVES:
+        label = LABEL_OBJECTIVES[options.kind]
+        return lambda hidden_fn, corrupted, step: label(hidden_fn, corrupted)
+    plain = partial(masked_diffusion, z_loss=config.diffusion.z_loss, label_smoothing=options.label_smoothing)
+    modifiers = Modifiers(options.mask_ratio_power, options.entropy_threshold, options.judge_exponent)
+    if not (modifiers.mask_ratio_power or modifiers.entropy_threshold or judge):
+        return lambda hidden_fn, corrupted, step: plain(hidden_fn, corrupted)
+    return lambda hidden_fn, corrupted, step: modified(plain, hidden_fn, corrupted, modifiers, judge)
+
+
+def modified(plain: Callable, hidden_fn: Callable, corrupted: Corrupted, modifiers: Modifiers, judge: Judge | None):
+    """(loss_sum, stats) of `plain` with the modifiers' weights, and the means of their factors among the stats."""
+    means = {}
+
+    def weigh(head: Any, corrupted: Corrupted) -> torch.Tensor:
+        weight_N, found = modified_weights(head, corrupted, modifiers, judge)
+        means.update(found)
+        return weight_N
+
+    loss_sum, stats = plain(hidden_fn, corrupted, weigh=weigh)
+    return loss_sum, stats | means
