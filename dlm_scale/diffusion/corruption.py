@@ -33,7 +33,7 @@ class Corrupted:
     one rank does not know them (the train step then sums them over the ranks).
     attention: the mask value that the network needs; where documents are packed it has `cu_seqlens` int32 [S+1] and
     `to(device)`. None: every position of a row sees every other.
-    uniform_N: float64, where an objective fills the masked positions with ids of its own (fill.py); else None.
+    uniform_BL: float64, where an objective fills the masked positions with ids of its own (fill.py); else None.
     """
 
     xt_BL: torch.Tensor
@@ -48,7 +48,7 @@ class Corrupted:
     num_maskable_B: torch.Tensor
     denominator: float | None
     attention: Any = None
-    uniform_N: torch.Tensor | None = None
+    uniform_BL: torch.Tensor | None = None
 
     @property
     def bounds_S1(self) -> torch.Tensor | None:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from dlm_scale.diffusion.corruption import KIND_MASKED, Corrupted
-from dlm_scale.diffusion.fill import filled
+from dlm_scale.diffusion.fill import one_shot_fill
 
 ENTROPY_WEIGHT = "entropy_weight"  # the statistic by whose mean the weights are still to be divided
 LEAST, MOST = 0.1, 10.0
@@ -46,7 +46,7 @@ def modified_weights(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """float32 [N] in place of `corrupted.weight_N`, and the means [2] (sum, number over segments) of the factors.
 
-    `head` is what a readout gets (docs/design.md, signature 2). With a judge `corrupted.uniform_N` must be there.
+    `head` is what a readout gets (docs/design.md, signature 2). With a judge `corrupted.uniform_BL` must be there.
     """
     segment_N, is_masked_N = corrupted.segment_N, corrupted.kind_N == KIND_MASKED
     num_masked_S = segment_sums(is_masked_N.double(), corrupted)
@@ -66,6 +66,14 @@ def modified_weights(
         weight_N, means["judge_factor"] = weight_N * factor_S[segment_N], _mean(factor_S, num_masked_S)
         means["judge_wrongness"] = _mean(wrong_S, num_masked_S)
     return weight_N.float(), means
+
+
+def filled(head: Any, corrupted: Corrupted) -> torch.Tensor:
+    """int64 [B, L]: the noised ids, each masked one an id of `head`'s law there. Call in a readout."""
+    rows_N = corrupted.rows_N
+    ids_N = one_shot_fill(head, corrupted.uniform_BL.flatten()[rows_N])
+    ids_N = torch.where(corrupted.kind_N == KIND_MASKED, ids_N, corrupted.xt_BL.flatten()[rows_N])
+    return corrupted.xt_BL.flatten().index_copy(0, rows_N, ids_N).view_as(corrupted.xt_BL)
 
 
 def segment_sums(values_N: torch.Tensor, corrupted: Corrupted) -> torch.Tensor:

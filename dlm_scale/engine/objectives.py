@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from dlm_scale.diffusion.corruption import Corrupted
+from dlm_scale.diffusion.fill import fill_uniforms
 from dlm_scale.diffusion.labels import LABEL_OBJECTIVES
 from dlm_scale.diffusion.modifiers import Judge, Modifiers, modified_weights
 from dlm_scale.diffusion.objective import masked_diffusion
@@ -42,3 +45,10 @@ def modified(plain: Callable, hidden_fn: Callable, corrupted: Corrupted, modifie
 
     loss_sum, stats = plain(hidden_fn, corrupted, weigh=weigh)
     return loss_sum, stats | means
+
+
+def with_draws(config: Any, corrupted: Corrupted, sample_B: np.ndarray) -> Corrupted:
+    """The micro-batch with the random numbers that its objective reads, of these global samples."""
+    if config.objective.judge is None:
+        return corrupted
+    return replace(corrupted, uniform_BL=fill_uniforms(config.train.seed, sample_B, corrupted.xt_BL.shape[1]))

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from dlm_scale import ops
 from dlm_scale.diffusion.autoregressive import shifted
 from dlm_scale.diffusion.corruption import Corrupted, corrupt
-from dlm_scale.diffusion.fill import fill_uniforms
 from dlm_scale.diffusion.labels import LABEL_OBJECTIVES
 from dlm_scale.diffusion.modifiers import ENTROPY_WEIGHT
 from dlm_scale.diffusion.schedule import SCHEDULES
@@ -24,6 +23,7 @@ from dlm_scale.diffusion.weighting import WEIGHTINGS
 from dlm_scale.engine.build import Trainer
 from dlm_scale.engine.gradients import clip_by_global_norm
 from dlm_scale.engine.muon import muon_update
+from dlm_scale.engine.objectives import with_draws
 from dlm_scale.engine.optimizer import rate_factor
 from dlm_scale.engine.state import TrainState
 from dlm_scale.engine.state_access import inner_optimizer
@@ -91,10 +91,7 @@ def micro_batch(trainer: Trainer, data, sample_B: np.ndarray, t_B: np.ndarray) -
         return substitute(rows.ids_BL, sample_B, t_S, ids_K=text_ids(data.tokenizer_meta), **options)
     corrupted = corrupt(rows.ids_BL, sample_B, t_S, weighting=WEIGHTINGS[config.diffusion.weighting],
                         mask_tokens=ops.masks_on(trainer.runtime.device), **options)
-    if config.objective.judge is None:
-        return corrupted
-    uniform_N = fill_uniforms(config.train.seed, sample_B, corrupted.rows_N, length)
-    return dataclasses.replace(corrupted, uniform_N=uniform_N)
+    return with_draws(config, corrupted, sample_B)
 
 
 def text_ids(meta: Any) -> np.ndarray:

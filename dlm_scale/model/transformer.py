@@ -255,16 +255,11 @@ class HeadView:
     def labels(self) -> torch.Tensor:
         """Float32 [N, 2]: logits of the id at each position being as it was, and being replaced. Needs
         `model.labels`."""
-        return self._beside_table(self._head.labels(self.hidden_ND).float())
+        return self._head.labels(self.hidden_ND).float()
 
     def score(self) -> torch.Tensor:
         """Float32 [N]: each position's part of a text's score, which is their mean. Needs `model.score`."""
-        return self._beside_table(self._head.score(self.hidden_ND)[:, 0].float())
-
-    def _beside_table(self, out: torch.Tensor) -> torch.Tensor:
-        """`out`, the output table and its bias being in the graph with gradients 0: ZeRO asks for one of each."""
-        unread = [self._head.weight] if self._head.bias is None else [self._head.weight, self._head.bias]
-        return out + sum(0.0 * tensor.flatten()[0].float() for tensor in unread)
+        return self._head.score(self.hidden_ND)[:, 0].float()
 
     def wrong_entropy(self, target_N: torch.Tensor) -> torch.Tensor:
         """Float32 [N], detached: entropy of the ids other than `target_N`, as a share of its largest value."""

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dlm_scale.diffusion.corruption import corrupt
-from dlm_scale.diffusion.fill import fill_uniforms, filled, one_shot
-from dlm_scale.diffusion.modifiers import ENTROPY_WEIGHT, Modifiers, judge_factors, modified_weights
+from dlm_scale.diffusion.corruption import KIND_VISIBLE, corrupt
+from dlm_scale.diffusion.fill import fill_uniforms
+from dlm_scale.diffusion.modifiers import ENTROPY_WEIGHT, Modifiers, filled, judge_factors, modified_weights
 from dlm_scale.diffusion.objective import masked_diffusion
 from dlm_scale.diffusion.schedule import SCHEDULES
 from dlm_scale.diffusion.timestep import stratified_times
@@ -63,7 +63,7 @@ def batch(rows=np.arange(B), weighting="simple", packed=False):
     t_S = stratified_times(1, 0, 2 * B)[: len(rows) * (1 + packed)] if packed else stratified_times(1, 0, B)[rows]
     made = corrupt(x0_BL, np.asarray(rows, np.int64), t_S, seed=1, schedule=SCHEDULES["linear"],
                    weighting=WEIGHTINGS[weighting], mask_id=V, denominator=B * L, attention=Packed() if packed else None)  # fmt: skip
-    return dataclasses.replace(made, uniform_N=fill_uniforms(1, np.asarray(rows), made.rows_N, L))
+    return dataclasses.replace(made, uniform_BL=fill_uniforms(1, np.asarray(rows), L))
 
 
 def logits() -> torch.Tensor:
@@ -84,7 +84,7 @@ def expected_weights(corrupted, table, power, threshold, exponent, use_judge) ->
     ids = corrupted.xt_BL.flatten().clone()
     for n, row in enumerate(corrupted.rows_N.tolist()):
         cdf = np.cumsum(torch.softmax(flat[row], 0).numpy())
-        ids[row] = int(np.argmax(cdf > float(corrupted.uniform_N[n])))
+        ids[row] = int(np.argmax(cdf > float(corrupted.uniform_BL.flatten()[row])))
     for a, b in zip(bounds, bounds[1:]):
         mine = [n for n, row in enumerate(corrupted.rows_N.tolist()) if a <= row < b]
         if not mine:
@@ -166,18 +166,11 @@ def test_what_is_expected_of_a_share_of_masks():
     assert edge.tolist() == pytest.approx([10.0, 0.1, 0.5])
 
 
-def test_a_fill_follows_the_law_and_its_address():
-    """Frequencies over 20,000 uniforms; never an id of probability 0; a function of (sample, column) alone."""
-    probability = torch.tensor([0.0, 0.5, 0.2, 0.0, 0.3, 0.0])
-    rows_N = torch.arange(20_000)
-    uniform_N = fill_uniforms(7, np.arange(200), rows_N, 100)
-    ids_N = one_shot(probability.log().expand(20_000, -1), uniform_N)
-    counts = torch.bincount(ids_N, minlength=6) / 20_000
-    assert counts[probability == 0].sum() == 0 and (counts - probability).abs().max() < 0.015
-    edge = one_shot(probability.log().expand(2, -1), torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64))
-    assert edge.tolist() == [1, 4]
-    some = fill_uniforms(7, np.array([3, 150]), torch.tensor([5, 100 + 99]), 100)
-    assert some.tolist() == [uniform_N[305].item(), uniform_N[15_099].item()]
+def test_a_judge_reads_the_visible_ids_and_fills_of_the_masked():
     c, table = batch(), logits()
     made = filled(TableHead(table.flatten(0, 1)[c.rows_N]), c)
     assert torch.equal(made[~c.is_masked_BL], c.xt_BL[~c.is_masked_BL]) and made.max() < V
+    some = torch.arange(len(c.rows_N)) % 3 == 0  # rows that carry loss and are not masked keep what they have
+    mixed = dataclasses.replace(c, kind_N=c.kind_N.masked_fill(some, KIND_VISIBLE))
+    kept = filled(TableHead(table.flatten(0, 1)[c.rows_N]), mixed).flatten()[c.rows_N]
+    assert bool((kept[some] == V).all()) and torch.equal(kept[~some], made.flatten()[c.rows_N][~some])

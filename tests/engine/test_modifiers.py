@@ -42,7 +42,7 @@ KINDS = {
     "score packed": {"objective__kind": "sequence_scoring", "model__score": True} | PACKED,
 }
 # (ZeRO stage, accumulation, kind), at two data-parallel ranks and at two tensor-parallel ones
-CASES = {(1, 2): [(0, 1, "all"), (3, 2, "packed"), (1, 2, "score packed")],
+CASES = {(1, 2): [(0, 1, "all"), (3, 2, "packed"), (1, 2, "score packed"), (0, 1, "labels")],
          (2, 1): [(2, 2, "all"), (3, 1, "labels"), (1, 1, "score")]}  # fmt: skip
 
 
@@ -104,7 +104,8 @@ def brute_force_loss(config, data, corrupted, model, judge) -> tuple[torch.Tenso
     entropy_N = -torch.where(q > 0, q * q.log(), 0.0).sum(1) / (q > 1e-8).sum(1).double().log()
     cdf = np.cumsum(p.numpy(), axis=1)
     ids = corrupted.xt_BL.flatten().clone()
-    ids[corrupted.rows_N] = torch.from_numpy(np.argmax(cdf > (corrupted.uniform_N.numpy() * cdf[:, -1])[:, None], axis=1))
+    uniform_N = corrupted.uniform_BL.flatten()[corrupted.rows_N].numpy()
+    ids[corrupted.rows_N] = torch.from_numpy(np.argmax(cdf > (uniform_N * cdf[:, -1])[:, None], axis=1))
     wrong_S = judge(ids.view_as(corrupted.xt_BL), corrupted.attention).tolist()
     loss_N = -0.9 * log_p.gather(1, target[:, None])[:, 0] - 0.1 * log_p.mean(1)
     weight, u, factors, segment_N = torch.zeros(len(target)).double(), {}, {}, corrupted.segment_N
@@ -185,7 +186,7 @@ def test_without_modifiers_every_bit_is_as_before():
     data = data_of(config)
     trainer = SimpleNamespace(config=config, vocabulary=data.vocabulary, runtime=SimpleNamespace(device=torch.device("cpu")))
     corrupted = micro_batch(trainer, data, np.arange(BATCH), stratified_times(5, 0, BATCH))
-    assert corrupted.uniform_N is None
+    assert corrupted.uniform_BL is None
     model = Transformer(config.model, data.vocabulary)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter)
