@@ -156,6 +156,7 @@ class DataConfig(Section):
     packing: Literal["none", "best_fit"] = "none"  # none: windows, cut across documents
     order: Literal["shuffled", "sharded"] = "shuffled"  # sharded: may still be in preparation
     random_length_share: Ratio = 0.0  # of the training rows, cut to a length uniform on 1..seq_len
+    prompt_dropout: BelowOne = 0.0  # of the prompts are masked, for classifier-free guidance
     skip_samples: Annotated[
         tuple[tuple[NonNegative, NonNegative], ...], BeforeValidator(_sample_ranges), AfterValidator(_ascending)
     ] = ()

@@ -10,6 +10,7 @@ from typing import Any
 
 from dlm_scale.errors import UsageError
 from dlm_scale.parallel.mesh import Mesh
+from dlm_scale.sampling.samplers import LEFT_TO_RIGHT
 
 
 LANGUAGE_MODELS = ("masked", "autoregressive")  # the kinds of objective that make one
@@ -40,7 +41,10 @@ class Inference:
         return self.checkpoint.state["step"]
 
     default_num_steps = 128
-    default_sampler = "ancestral"
+
+    @property
+    def default_sampler(self) -> str:
+        return LEFT_TO_RIGHT if self.is_autoregressive else "ancestral"
 
     @property
     def is_autoregressive(self) -> bool:
@@ -61,7 +65,8 @@ class Inference:
         if self.is_autoregressive:
             if cache is not None:
                 raise UsageError("kept keys and values are for masked checkpoints, and this one is autoregressive")
-            x_BL, attention = self._left_context(x_BL, rows_N, is_masked_BL, attention)
+            self._check_left_context(rows_N, is_masked_BL, attention)
+            x_BL, attention = self.network_input(x_BL)
         with torch.no_grad():
             return self.model(
                 x_BL, m_B=m_B, rows_N=rows_N, readout=lambda head: head.log_probs(), attention=attention, cache=cache
@@ -83,16 +88,19 @@ class Inference:
 
         return stream_text(self, prompt, range(num_samples), is_infill, options)
 
-    def _left_context(self, x_BL, rows_N, is_masked_BL, attention):
+    def network_input(self, x_BL) -> tuple:
+        """What the network reads where x_BL is to be predicted, and with which mask value (None: the network's own)."""
         from dlm_scale.diffusion.autoregressive import moved_right
         from dlm_scale.ops import Causal
 
+        return (moved_right(x_BL, self.vocabulary.mask_id), Causal()) if self.is_autoregressive else (x_BL, None)
+
+    def _check_left_context(self, rows_N, is_masked_BL, attention) -> None:
         num_masked_before_BL = is_masked_BL.cumsum(1) - is_masked_BL.long()
         if attention is not None or bool((num_masked_before_BL.flatten()[rows_N] > 0).any()):
             raise UsageError(f"{self.checkpoint.path} is autoregressive: it predicts a token from all those before it, "
-                             "so it can only fill from left to right, as `dlm evaluate --generate N --sampler "
-                             "left_to_right` does; or take a masked checkpoint")
-        return moved_right(x_BL, self.vocabulary.mask_id), Causal()
+                             f"so it can only fill from left to right, by the sampler {LEFT_TO_RIGHT}; or take a masked "
+                             "checkpoint")
 
 
 def load_for_inference(

@@ -88,7 +88,7 @@ def dataset_sums(sums_of_batch: SumsOfBatch, validation: Any, batch_size: int, m
         parts.append(sums_of_batch(validation.rows(np.maximum(index_B, 0)), index_B))
         if on_batch:
             on_batch(len(parts))
-    return _gather(parts, mesh)
+    return gather_parts(parts, mesh)
 
 
 def evaluate(module: Any, validation: Any, vocabulary: Any, kind: str, train: Any, mesh: Any, device: torch.device,
@@ -104,7 +104,8 @@ def evaluate(module: Any, validation: Any, vocabulary: Any, kind: str, train: An
     return summarise(parts)
 
 
-def _gather(parts: list[RowSums], mesh: Any) -> list[RowSums]:
+def gather_parts(parts: list[Any], mesh: Any) -> list[Any]:
+    """The parts of all data-parallel ranks, on each of them. Collective over the data group."""
     if mesh.data_size == 1:
         return parts
     everyone: list[Any] = [None] * mesh.data_size

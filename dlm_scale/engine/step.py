@@ -16,7 +16,7 @@ from dlm_scale.diffusion.corruption import Corrupted, corrupt
 from dlm_scale.diffusion.labels import LABEL_OBJECTIVES
 from dlm_scale.diffusion.modifiers import ENTROPY_WEIGHT
 from dlm_scale.diffusion.schedule import SCHEDULES
-from dlm_scale.diffusion.segments import Rows, cut_rows, row_lengths, segment_times
+from dlm_scale.diffusion.segments import Rows, cut_rows, drop_prompts, row_lengths, segment_times
 from dlm_scale.diffusion.substitution import replaceable_ids, substitute
 from dlm_scale.diffusion.timestep import stratified_times
 from dlm_scale.diffusion.weighting import WEIGHTINGS
@@ -77,6 +77,11 @@ def micro_batch(trainer: Trainer, data, sample_B: np.ndarray, t_B: np.ndarray) -
     rows = given if isinstance(given, Rows) else Rows(given, np.ones(given.shape, bool))
     if config.data.random_length_share:
         rows = cut_rows(rows, row_lengths(config.train.seed, sample_B, length, config.data.random_length_share))
+    if config.data.prompt_dropout:
+        if not isinstance(given, Rows):
+            raise UsageError("data.prompt_dropout: the rows of data.train have no prompts to leave out; prepare "
+                             "conversations, or labels with their texts, with --chat")
+        rows = drop_prompts(rows, config.train.seed, sample_B, config.data.prompt_dropout, trainer.vocabulary.mask_id)
     denominator = float(config.train.global_batch_size * length) if is_whole else None
     if config.objective.kind == "autoregressive":
         return _next_token_batch(trainer, rows, sample_B, denominator)

@@ -150,7 +150,7 @@ def stream(
     """
     sampler = resolve(sampler)
     length = x_BL.shape[-1]
-    block_size = length if block_size is None else min(block_size, length)
+    block_size = 1 if sampler.is_left_to_right else length if block_size is None else min(block_size, length)
     window = length if context is None else min(context, length)
     check_rows(x_BL, is_fixed_BL, num_steps, request_hashes, sample_indices, temperature, top_k, top_p)
     check_blocks(is_fixed_BL, num_steps, block_size, window, context)
@@ -214,7 +214,9 @@ def _start(run: _Run, x_BL: Tensor, is_fixed_BL: Tensor) -> State:
 def _enter_block(run: _Run, state: State, batch_row_B: Tensor) -> State:
     """The rows begin the block of their first masked position: its reveals are scheduled (step 0 of the counter)."""
     block_B = run.block_L[state.is_masked_BL.to(torch.uint8).argmax(1)]
-    end_BK = block_ends(~state.is_fixed_BL, run.look.block_size, run.num_steps)
+    is_open_BL = ~state.is_fixed_BL
+    most_steps = is_open_BL.sum(1, keepdim=True) if run.sampler.is_left_to_right else run.num_steps
+    end_BK = block_ends(is_open_BL, run.look.block_size, most_steps)
     first_B = torch.where(block_B > 0, end_BK.gather(1, (block_B - 1).clamp(min=0)[:, None])[:, 0], 0)
     num_steps_B = end_BK.gather(1, block_B[:, None])[:, 0] - first_B
     member_BL = state.is_masked_BL & (run.block_L == block_B[:, None])

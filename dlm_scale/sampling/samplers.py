@@ -18,6 +18,7 @@ as 1/num_steps.
 
 from dataclasses import dataclass
 
+LEFT_TO_RIGHT = "left_to_right"
 CACHES = ("none", "prefix", "dual")  # caches.py
 
 
@@ -31,6 +32,7 @@ class Sampler:
     factor      n positions are revealed at once where the n-th best id has at least 1 - factor/(n+1)
     eta         ReMDM's strength of masking again, in [0, 1)
     one_token_a_step   where nobody names a number of steps, take as many as there are tokens
+    is_left_to_right   fills one position a step after the other, whatever the block size and the number of steps
     """
 
     schedule: str = "even"
@@ -44,6 +46,7 @@ class Sampler:
     factor: float = 1.0
     eta: float = 0.0
     one_token_a_step: bool = False
+    is_left_to_right: bool = False
 
     def __post_init__(self):
         if self.reviser != "none" and (self.schedule, self.selector) != ("independent", "due"):
@@ -91,11 +94,15 @@ SAMPLERS = {
     "remdm_loop": Sampler(schedule="independent", mask_ratio="plateau", reviser="loop", eta=0.02),
 }
 
+# Of autoregressive checkpoints, which know no other order: the law of the model itself. Not in the table of the above.
+AUTOREGRESSIVE_SAMPLERS = {LEFT_TO_RIGHT: Sampler(one_token_a_step=True, is_left_to_right=True)}
+
 
 def resolve(sampler: "str | Sampler") -> Sampler:
     """The sampler of that name, or the one given. Raises ValueError on an unknown name."""
     if isinstance(sampler, Sampler):
         return sampler
-    if sampler not in SAMPLERS:
-        raise ValueError(f"unknown sampler {sampler!r}; choose one of: {', '.join(SAMPLERS)}")
-    return SAMPLERS[sampler]
+    known = SAMPLERS | AUTOREGRESSIVE_SAMPLERS
+    if sampler not in known:
+        raise ValueError(f"unknown sampler {sampler!r}; choose one of: {', '.join(known)}")
+    return known[sampler]

@@ -12,7 +12,7 @@ from typing import Any
 
 from dlm_scale.errors import UsageError
 from dlm_scale.sampling.requests import LONGEST_IN_BLOCKS
-from dlm_scale.sampling.samplers import CACHES, SAMPLERS
+from dlm_scale.sampling.samplers import AUTOREGRESSIVE_SAMPLERS, CACHES, LEFT_TO_RIGHT, SAMPLERS, resolve
 
 _ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\\": "\\"}
 RANGES = {
@@ -37,7 +37,8 @@ FLAG = {"type": boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
 def add_sampling_arguments(parser: argparse.ArgumentParser, num_samples: int) -> None:
     """The shared flags; each takes `--key=value` too. `num_samples` is the default of that flag."""
     add = parser.add_argument
-    add("--sampler", help=f"one of {', '.join(SAMPLERS)} (default: the checkpoint's)")
+    add("--sampler", help=f"one of {', '.join(SAMPLERS)}; {LEFT_TO_RIGHT} of autoregressive checkpoints (default: the "
+        "checkpoint's)")  # fmt: skip
     add("--steps", "--diffusion_steps", type=int, default=0, help="most passes a sample; 0 = the checkpoint's default")
     add("--max_new_tokens", type=int, help="tokens after the prompt (default: 256, or what the context leaves)")
     add("--num_samples", "-n", type=int, default=num_samples, help="how many samples (default: %(default)s)")
@@ -67,10 +68,10 @@ def check_ranges(options: Mapping[str, Any], ranges: Mapping[str, tuple]) -> Non
 
 def check_sampling(options: Mapping[str, Any]) -> None:
     """Raises UsageError for an unknown sampler or a value outside its range."""
-    name = options["sampler"]
-    if name is not None and name not in SAMPLERS:
-        near = difflib.get_close_matches(name, SAMPLERS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose one of: {', '.join(SAMPLERS)}"
+    name, known = options["sampler"], [*SAMPLERS, *AUTOREGRESSIVE_SAMPLERS]
+    if name is not None and name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of: {', '.join(known)}"
         raise UsageError(f"--sampler {name!r} is not a sampler; {hint}")
     check_ranges(options, RANGES)
     if options["cache"] != "none" and options["block_size"] is None:
@@ -80,7 +81,11 @@ def check_sampling(options: Mapping[str, Any]) -> None:
 
 
 def stream_settings(options: Mapping[str, Any], inference: Any) -> dict[str, Any]:
-    """The keyword settings of `stream` that do not depend on the canvas: all but num_steps."""
+    """The keyword settings of `stream` that do not depend on the canvas: all but num_steps.
+
+    Raises UsageError for tokens that are none, and for what a checkpoint of this kind cannot do.
+    """
+    _check_kind(options, inference)
     return {
         "sampler": options["sampler"] or inference.default_sampler,
         "seed": options["seed"],
@@ -99,6 +104,28 @@ def stream_settings(options: Mapping[str, Any], inference: Any) -> dict[str, Any
     }
 
 
+def goes_left_to_right(inference: Any) -> bool:
+    """Whether the checkpoint is autoregressive."""
+    return inference.default_sampler in AUTOREGRESSIVE_SAMPLERS
+
+
+def _check_kind(options: Mapping[str, Any], inference: Any) -> None:
+    name, is_autoregressive = options["sampler"] or inference.default_sampler, goes_left_to_right(inference)
+    if is_autoregressive != (name in AUTOREGRESSIVE_SAMPLERS):
+        raise UsageError(f"--sampler {name}: " + (
+            "this checkpoint is autoregressive and can only fill from left to right; leave --sampler out"
+            if is_autoregressive else
+            f"only autoregressive checkpoints have it, and this one is not; choose one of: {', '.join(SAMPLERS)}"))
+    if not is_autoregressive:
+        return
+    neutral = {"steps": 0, "guidance": 0, "cache": "none", "block_size": None if options["block_size"] is None else 1}
+    for flag, value in neutral.items():
+        if options[flag] != value:
+            raise UsageError(f"--{flag} {options[flag]}: this checkpoint is autoregressive and fills from left to right, "
+                             "a pass for each token; leave it out"
+                             + (", or give 1 for text beyond the context" if flag == "block_size" else ""))
+
+
 def longest_canvas(options: Mapping[str, Any], inference: Any) -> int:
     """Most tokens of prompt and answer together: only blocks go beyond the context."""
     return inference.seq_len if options["block_size"] is None else LONGEST_IN_BLOCKS
@@ -107,7 +134,7 @@ def longest_canvas(options: Mapping[str, Any], inference: Any) -> int:
 def num_steps(options: Mapping[str, Any], inference: Any, num_open: int) -> int:
     """Most passes of a canvas with `num_open` positions to fill: what was asked for, else the sampler's default."""
     name = options["sampler"] or inference.default_sampler
-    is_one_a_token = SAMPLERS[name].one_token_a_step or options["block_size"] is not None
+    is_one_a_token = resolve(name).one_token_a_step or options["block_size"] is not None
     default = num_open if is_one_a_token else inference.default_num_steps
     return options["steps"] or max(1, default)
 

@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dlm_scale.errors import UsageError
-from dlm_scale.sampling.requests import Canvas, Sample, finished, infill_canvas, prompt_canvas
+from dlm_scale.sampling.requests import Canvas, Sample, finished, infill_canvas, prompt_canvas, require_prompt
 from dlm_scale.sampling.settings import (
     add_sampling_arguments,
     check_sampling,
+    goes_left_to_right,
     longest_canvas,
     num_steps,
     stream_settings,
@@ -26,7 +27,8 @@ def text_canvas(inference: Any, text: str, is_infill: bool, options: Mapping[str
         raise UsageError("this checkpoint was trained on synthetic tokens: it has no tokenizer, so no text to sample")
     longest = longest_canvas(options, inference)
     if is_infill:
-        return infill_canvas(text, inference.tokenizer, longest)
+        canvas = infill_canvas(text, inference.tokenizer, longest)
+        return require_prompt(canvas) if goes_left_to_right(inference) else canvas
     ids = inference.tokenizer.encode(text)
     return prompt_canvas(ids, options["max_new_tokens"], inference.vocabulary.mask_id, longest)
 
