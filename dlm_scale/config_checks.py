@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from dlm_scale.config_sections import DiffusionConfig, ModelConfig, TrainConfig
+from dlm_scale.config_sections import DiffusionConfig, ModelConfig, ObjectiveConfig, TrainConfig
 
 if TYPE_CHECKING:
     from dlm_scale.config import Config
@@ -28,6 +28,8 @@ def cross_problems(config: Config) -> Iterator[Problem]:
     yield from _curriculum_problems(config.diffusion)
     if config.objective.kind == "autoregressive":
         yield from _autoregressive_problems(config)
+    yield from _label_problems(config)
+    yield from _modifier_problems(config)
     if config.model.init_from and config.train.branch_from:
         yield "model.init_from", "starts from weights alone, train.branch_from from the full state: give one of them"
     if config.diffusion.attention_anneal_steps and (config.data.has_segments or config.train.compile):
@@ -76,6 +78,49 @@ def _autoregressive_problems(config: Config) -> Iterator[Problem]:
     for key, default in (("random_length_share", 0.0), ("packing", "none")):  # segments that are causal inside
         if (value := getattr(config.data, key)) != default:
             yield f"data.{key}", f"= {value} is not there under objective.kind = autoregressive: set {default}"
+
+
+def _label_problems(config: Config) -> Iterator[Problem]:
+    """Each objective of replaced tokens has its head, which nothing else trains."""
+    kind, model = config.objective.kind, config.model
+    for of_kind, head in (("token_classification", "labels"), ("sequence_scoring", "score")):
+        if kind == of_kind and not getattr(model, head):
+            yield "objective.kind", f"= {kind} trains a head that the model has not: set model.{head}=true"
+        if kind != of_kind and getattr(model, head):
+            yield f"model.{head}", f"= true is a head of objective.kind = {of_kind}, and nothing of {kind} trains it: set false"
+    if kind not in ("token_classification", "sequence_scoring"):
+        return
+    why, plain = f"has no meaning under objective.kind = {kind}", DiffusionConfig()
+    if model.time_conditioning != "none":
+        yield "model.time_conditioning", f"= {model.time_conditioning} would tell the network how many are replaced: set none"
+    if model.critic:
+        yield "model.critic", f"= true is a head that nothing of objective.kind = {kind} trains: set false"
+    for key in ("weighting", "attention_anneal_steps", "z_loss"):
+        value = getattr(config.diffusion, key)
+        if value != getattr(plain, key):
+            yield f"diffusion.{key}", f"= {value} {why}, which fills no masks: leave it out"
+
+
+def _modifier_problems(config: Config) -> Iterator[Problem]:
+    """Loss modifiers weigh masked tokens, and have the weights to themselves."""
+    options, plain, diffusion = config.objective, ObjectiveConfig(), config.diffusion
+    for key in ("label_smoothing", "mask_ratio_power", "entropy_threshold", "judge", "judge_exponent"):
+        if options.kind != "masked" and getattr(options, key) != getattr(plain, key):
+            yield f"objective.{key}", f"= {getattr(options, key)} changes the loss of objective.kind = masked alone: leave it out"
+    if options.mask_ratio_power and diffusion.weighting != "simple":
+        yield (
+            "objective.mask_ratio_power",
+            f"= {options.mask_ratio_power} takes the place of diffusion.weighting = {diffusion.weighting}: set "
+            "diffusion.weighting=simple (the NELBO is reported all the same)",
+        )
+    if options.entropy_threshold and diffusion.z_loss:
+        yield (
+            "objective.entropy_threshold",
+            f"= {options.entropy_threshold} needs diffusion.z_loss = 0, not {diffusion.z_loss}: the whole gradient is divided "
+            "by the mean weight of the global batch, and the z-loss would be with it",
+        )
+    if options.judge_exponent != plain.judge_exponent and options.judge is None:
+        yield "objective.judge_exponent", f"= {options.judge_exponent} needs a judge: set objective.judge"
 
 
 def _model_problems(config: Config) -> Iterator[Problem]:

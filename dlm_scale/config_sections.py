@@ -76,13 +76,21 @@ class ModelConfig(Section):
     head_bias: bool = False
     logit_shift: bool = False  # token i is predicted from position i-1, as an autoregressive model does
     critic: bool = False  # a head that says which ids of a filled text are wrong
+    labels: bool = False  # a head of objective.kind = token_classification
+    score: bool = False  # a head of objective.kind = sequence_scoring
     init_from: Text | None = None  # start from the weights of this checkpoint
 
 
 class ObjectiveConfig(Section):
-    """What the network learns: to fill in masked tokens, or its autoregressive twin to predict the next one."""
+    """What the network learns: to fill in masked tokens, or its autoregressive twin to predict the next one; or of a
+    text some of whose tokens were replaced, which they are, or how many. Then what changes the weights of the loss."""
 
-    kind: Literal["masked", "autoregressive"] = "masked"
+    kind: Literal["masked", "autoregressive", "token_classification", "sequence_scoring"] = "masked"
+    label_smoothing: BelowOne = 0.0
+    mask_ratio_power: NonNegativeFloat = 0.0  # a row's mean loss weighs (masked share)**-power; 0 = off
+    entropy_threshold: Ratio = 0.0  # a row weighs 1 / (entropy of the wrong ids, at least this); 0 = off
+    judge: Text | None = None  # a checkpoint of kind sequence_scoring, whose doubt weighs a row
+    judge_exponent: PositiveFloat = 1.0
 
 
 class DiffusionConfig(Section):

@@ -14,6 +14,9 @@ from dlm_scale.parallel.mesh import Mesh
 from dlm_scale.sampling.samplers import LEFT_TO_RIGHT
 
 
+LANGUAGE_MODELS = ("masked", "autoregressive")  # the kinds of objective that make one
+
+
 @dataclass(frozen=True)
 class Inference:
     """A model on one device with its tokenizer (None for a run on synthetic data)."""
@@ -126,7 +129,8 @@ def load_for_inference(
     trained it, and all of them must predict together.
 
     Raises:
-        UsageError: no checkpoint there, a damaged one, one of another format, or of a shape that the mesh cannot split.
+        UsageError: no checkpoint there, a damaged one, one of another format, of a shape that the mesh cannot split, or
+            of another kind than a language model.
     """
     from dlm_scale.checkpoint.folders import find_checkpoint
     from dlm_scale.checkpoint.reader import open_checkpoint
@@ -138,6 +142,10 @@ def load_for_inference(
     text, size = checkpoint.document("config.yaml").decode(), mesh.tensor_size
     sections = {"parallel": {"tensor_parallel_size": size}} if size > 1 else None
     config = config_from_text(text, f"{folder}/config.yaml", sections)
+    if config.objective.kind not in LANGUAGE_MODELS:
+        raise UsageError(f"{folder} is no language model (its objective.kind is {config.objective.kind}): it has no "
+                         "NELBO and writes no text; its figures stand in the metrics.jsonl of its run, and a sequence "
+                         "scorer can be an objective.judge")
     meta = _tokenizer_meta(checkpoint)
     tokenizer = None if meta.tokenizer.kind == "none" else _tokenizer(folder, meta)
     place = pick_device(device, local_rank)

@@ -96,6 +96,7 @@ def check_resume_point(config: Any, data: Any) -> None:
 
     out = Path(config.train.out)
     prepare_folder(out, config.train.resume, bool(list_checkpoints(out) or config.train.branch_from))
+    find_judge(config, data, partial(inspect_checkpoint, with_tensors=False))
     if find_resume_point(config, data, partial(inspect_checkpoint, with_tensors=False)) is None:
         find_origin(config, data, partial(inspect_checkpoint, with_tensors=False))
 
@@ -157,6 +158,18 @@ def find_origin(config: Any, data: Any, inspect: Callable) -> Any:
     return open_origin(path, config, data)
 
 
+def find_judge(config: Any, data: Any, inspect: Callable) -> Any:
+    """The checkpoint of the scorer that objective.judge names; None without it. Raises UsageError where it cannot judge
+    this run."""
+    if config.objective.judge is None:
+        return None
+    from dlm_scale.checkpoint.folders import find_checkpoint
+    from dlm_scale.engine.judge import check_judge
+
+    path, _ = find_checkpoint(Path(config.objective.judge), inspect)
+    return check_judge(path, config, data.tokenizer_meta)
+
+
 def check_same_run(checkpoint: Any, config: Any, data: Any) -> None:
     """Raises UsageError where the config or the tokens would change the result of the run in train.out."""
     from dlm_scale.config import config_from_text
@@ -180,6 +193,7 @@ def train(config: Any, data: Any, validation: Any) -> None:
     """
     from dlm_scale.checkpoint.folders import inspect_together
     from dlm_scale.engine.build import build_trainer
+    from dlm_scale.engine.judge import load_judge
     from dlm_scale.engine.runtime import start_runtime, stop_runtime
     from dlm_scale.engine.saving import all_gather_object, restore, start_fresh
     from dlm_scale.engine.session import Session
@@ -191,9 +205,11 @@ def train(config: Any, data: Any, validation: Any) -> None:
     inspect = inspect_together(runtime.env.rank, runtime.env.world_size, all_gather_object)
     checkpoint = find_resume_point(config, data, inspect, say_on_first_rank)
     origin = None if checkpoint else find_origin(config, data, inspect)
+    scorer = find_judge(config, data, inspect)
     session = Session(config, runtime, data)
     try:
-        trainer = build_trainer(config, runtime, data.vocabulary)
+        judge = scorer and load_judge(scorer, data.vocabulary, runtime.device, config.train.precision)
+        trainer = build_trainer(config, runtime, data.vocabulary, judge)
         state = restore(trainer, checkpoint) if checkpoint else start_fresh(trainer, origin)
         with naming_lost_ranks(runtime.env):
             session.run(trainer, data, validation, state, checkpoint)

@@ -392,7 +392,7 @@ BLOCK_PARAMETERS = {  # of all blocks, from the table of sizes this project plan
     "dlm_70b": 68.5e9,
 }
 UNTIED = ("shakespeare_char", "shakespeare_char_edit")
-TOTAL_PARAMETERS = {"shakespeare_char_tiny": 870_144, "llada_8b": 8_015_581_184}
+TOTAL_PARAMETERS = {"shakespeare_char_tiny": 870_144, "shakespeare_char_scorer": 870_272, "llada_8b": 8_015_581_184}
 
 
 def parameters(config: Config) -> tuple[int, int]:
@@ -403,7 +403,8 @@ def parameters(config: Config) -> tuple[int, int]:
     block += 2 * m.head_dim if m.qk_norm else 0
     outputs = v if v == 126464 else v - 1  # LLaDA's mask lies inside its vocabulary
     tables = v * m.hidden_size + (0 if m.tied else outputs * m.hidden_size)
-    return m.num_layers * block, m.num_layers * block + tables + m.hidden_size
+    heads = m.hidden_size * (m.critic + 2 * m.labels + m.score)
+    return m.num_layers * block, m.num_layers * block + tables + m.hidden_size + heads
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)

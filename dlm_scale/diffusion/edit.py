@@ -15,11 +15,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from dlm_scale.diffusion.corruption import KIND_MASKED, Corrupted
+from dlm_scale.diffusion.corruption import (
+    KIND_GAP,
+    KIND_INSERTED,
+    KIND_MASKED,
+    KIND_SUBSTITUTED,
+    KIND_VISIBLE,
+    Corrupted,
+)
 from dlm_scale.diffusion.rng import Stream, counter_of, philox, uniform24
 from dlm_scale.diffusion.segments import row_bounds
 
-KIND_SUBSTITUTED, KIND_INSERTED, KIND_VISIBLE, KIND_GAP = 1, 2, 3, 4
 NO_LOSS = 255  # in the place of a kind
 VISIBLE_LOSSES = ("all", "corrupted")
 

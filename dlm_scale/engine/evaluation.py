@@ -33,7 +33,7 @@ def cross_entropy_fn(module: Any, device: torch.device):
     return ce_fn
 
 
-def _batches_of_rank(num_rows: int, batch_size: int, mesh: Any) -> list[np.ndarray]:
+def batches_of_rank(num_rows: int, batch_size: int, mesh: Any) -> list[np.ndarray]:
     """Row indices of this rank's batches. Every rank gets as many batches (ZeRO-3 forwards are collective); fillers
     are rows of index -1. Whole batches are dealt out, so a row's numbers do not depend on the number of ranks."""
     starts = np.arange(0, num_rows, batch_size)
@@ -84,7 +84,7 @@ def dataset_sums(sums_of_batch: SumsOfBatch, validation: Any, batch_size: int, m
                  on_batch: Callable[[int], None] | None = None) -> list[RowSums]:
     """The sums of all rows of `validation` (`num_rows`, `rows(indices)`). Collective over the data group."""
     parts = []
-    for index_B in _batches_of_rank(validation.num_rows, batch_size, mesh):
+    for index_B in batches_of_rank(validation.num_rows, batch_size, mesh):
         parts.append(sums_of_batch(validation.rows(np.maximum(index_B, 0)), index_B))
         if on_batch:
             on_batch(len(parts))

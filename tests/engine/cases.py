@@ -139,6 +139,10 @@ class PackedData:
     def vocabulary(self):
         return self.plain.vocabulary
 
+    @property
+    def tokenizer_meta(self):
+        return self.plain.tokenizer_meta
+
     def rows(self, sample_B: np.ndarray) -> Rows:
         ids_BL = self.plain.rows(sample_B)
         length = ids_BL.shape[1]
