@@ -58,13 +58,14 @@ def build_trainer(config: Any, runtime: Runtime, vocabulary: Any) -> Trainer:
 
 
 def _zero_init(deepspeed: Any, stage: int, ds_config: dict, runtime: Runtime) -> Any:
-    """Under ZeRO-3 parameters are born partitioned, over the data-parallel group (never the whole world)."""
+    """Under ZeRO-3 parameters are born partitioned, over the data-parallel group (never the whole world).
+
+    Their type follows from the config's precision. Not from `dtype=`: DeepSpeed 0.19 reads `dtype or float16 if fp16 is
+    supported else bfloat16`, so that on a CPU without float16 a model asked for in float32 would be bfloat16.
+    """
     if stage < 3:
         return contextlib.nullcontext()
-    dtype = torch.bfloat16 if "bf16" in ds_config else torch.float32
-    return deepspeed.zero.Init(
-        data_parallel_group=runtime.mesh.data_group, config_dict_or_path=ds_config, dtype=dtype
-    )
+    return deepspeed.zero.Init(data_parallel_group=runtime.mesh.data_group, config_dict_or_path=ds_config)
 
 
 def _compile_blocks(model: Transformer, stage: int, has_segments: bool) -> None:
