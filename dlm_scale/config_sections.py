@@ -92,6 +92,7 @@ class ModelConfig(Section):
     head_transform: bool = False  # dense, GELU and norm before the output table, as in BERT
     head_bias: bool = False
     logit_shift: bool = False  # token i is predicted from position i-1, as an autoregressive model does
+    critic: bool = False  # a head that says which ids of a filled text are wrong
     init_from: Text | None = None  # start from the weights of this checkpoint
 
     @model_validator(mode="before")

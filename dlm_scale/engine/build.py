@@ -11,6 +11,7 @@ import torch
 from dlm_scale.config import resolve_batch
 from dlm_scale.engine.checks import check_against_table
 from dlm_scale.engine.deepspeed_config import deepspeed_dict, zero_stage
+from dlm_scale.engine.objectives import Objective, objective_of
 from dlm_scale.engine.optimizer import AdamW, parameter_groups
 from dlm_scale.engine.runtime import Runtime, import_deepspeed
 from dlm_scale.engine.state_access import StateAccess
@@ -33,6 +34,7 @@ class Trainer:
     state_access: StateAccess
     stage: int
     accumulation: int
+    objective: Objective
 
 
 def build_trainer(config: Any, runtime: Runtime, vocabulary: Any) -> Trainer:
@@ -54,7 +56,7 @@ def build_trainer(config: Any, runtime: Runtime, vocabulary: Any) -> Trainer:
     unit = unit_of(runtime.mesh)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, mpu=unit)
     access = StateAccess(engine, stage, table, runtime.mesh)
-    return Trainer(config, runtime, vocabulary, engine, table, access, stage, accumulation)
+    return Trainer(config, runtime, vocabulary, engine, table, access, stage, accumulation, objective_of(config))
 
 
 def _zero_init(deepspeed: Any, stage: int, ds_config: dict, runtime: Runtime) -> Any:

@@ -156,8 +156,8 @@ def step_record(trainer, batch, result, state: TrainState, following: TrainState
                 waited_seconds: float) -> dict[str, Any]:
     """The line of a logged step; what is not finite is null. Collective: statistics and hashes are gathered over the
     data-parallel ranks."""
-    means = reduce_sums(trainer, result["sums"])
-    means = {name: [c and finite(c) for c in value] if isinstance(value, list) else finite(value)
+    means = reduce_sums(trainer, result["sums"], result["means"])
+    means = {name: [c and finite(c) for c in value] if isinstance(value, list) else value and finite(value)
              for name, value in means.items()}
     options = trainer.config.optimizer
     return {

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from dlm_scale import ops
 from dlm_scale.diffusion.autoregressive import shifted
 from dlm_scale.diffusion.corruption import Corrupted, corrupt
-from dlm_scale.diffusion.objective import masked_diffusion
 from dlm_scale.diffusion.schedule import SCHEDULES
 from dlm_scale.diffusion.segments import Rows, cut_rows, row_lengths, segment_times
 from dlm_scale.diffusion.timestep import stratified_times
@@ -130,6 +129,11 @@ def annealed(engine: Any, config: Any, step: int) -> Callable:
     return hidden_fn
 
 
+def loss_of(trainer: Trainer, hidden_fn: Callable, corrupted: Corrupted, step: int) -> tuple[torch.Tensor, dict]:
+    """What the run's objective says of one micro-batch (docs/design.md, signature 2)."""
+    return trainer.objective(hidden_fn, corrupted, step)
+
+
 def train_step(trainer: Trainer, batch: Sequence[Corrupted], state: TrainState,
                enter: Callable[[str], None] = lambda phase: None,
                before_update: Callable[[], None] = lambda: None) -> dict[str, Any]:
@@ -139,8 +143,9 @@ def train_step(trainer: Trainer, batch: Sequence[Corrupted], state: TrainState,
     weights and optimizer as they are. `enter` is told each phase as it begins; until `before_update` is called, nothing
     of the training state changes.
 
-    Returns device tensors, not yet summed over ranks: `sums` (float64, SCALARS then BINS), `losses` (loss sums of the
-    micro-batches) and `grad_norm` (the true global norm before clipping); and `is_skipped`, `denominator`.
+    Returns device tensors, not yet summed over ranks: `sums` (float64, SCALARS, then BINS, then sum and number of each
+    of `means`), `losses` (loss sums of the micro-batches) and `grad_norm` (the true global norm before clipping); and
+    `means` (names), `is_skipped`, `denominator`.
     """
     engine, mesh = trainer.engine, trainer.runtime.mesh
     factor = rate_factor(state.step, trainer.config.train.num_steps, trainer.config.optimizer)
@@ -153,9 +158,11 @@ def train_step(trainer: Trainer, batch: Sequence[Corrupted], state: TrainState,
     for corrupted in batch:
         enter("forward")
         corrupted = corrupted.to(trainer.runtime.device, non_blocking=True)
-        loss_sum, stats = masked_diffusion(hidden_fn, corrupted, trainer.config.diffusion.z_loss)
+        loss_sum, stats = loss_of(trainer, hidden_fn, corrupted, state.step)
         found = {"loss_sum": loss_sum.detach(), **stats, "num_maskable": corrupted.num_maskable_B.sum()}
-        sums = sums + torch.cat([torch.stack([found[name].double() for name in SCALARS]), *(stats[b] for b in BINS)])
+        means = sorted(found.keys() - {*SCALARS, *BINS})
+        scalars = torch.stack([found[name].double() for name in SCALARS])
+        sums = sums + torch.cat([scalars, *(stats[name] for name in (*BINS, *means))])
         losses.append(loss_sum.detach())
         enter("backward")
         # DeepSpeed averages gradients over the data-parallel ranks: undo that, and its division by the accumulation.
@@ -167,7 +174,7 @@ def train_step(trainer: Trainer, batch: Sequence[Corrupted], state: TrainState,
             norm = clip_by_global_norm(trainer, trainer.config.optimizer.gradient_clip)
             is_skipped = prepare_update(trainer, norm, factor)
         engine.step()
-    return {"sums": sums, "losses": losses, "grad_norm": norm, "is_skipped": is_skipped,
+    return {"sums": sums, "means": means, "losses": losses, "grad_norm": norm, "is_skipped": is_skipped,
             "denominator": batch[0].denominator}
 
 
@@ -190,17 +197,20 @@ def loss_share(trainer: Trainer, result: dict[str, Any]) -> float:
     return float(sum(result["losses"])) / result["denominator"] / trainer.runtime.mesh.tensor_size
 
 
-def reduce_sums(trainer: Trainer, sums: torch.Tensor) -> dict[str, Any]:
+def reduce_sums(trainer: Trainer, sums: torch.Tensor, means: Sequence[str] = ()) -> dict[str, Any]:
     """Statistics of the global batch: loss (z-loss included) and NELBO in nats a maskable token, mean CE and accuracy a
-    masked one, and its mean CE by mask ratio, None in an empty bin. Collective; `sums` become those of all ranks."""
+    masked one, and its mean CE by mask ratio, None in an empty bin; then the means that the objective adds, None where
+    there was nothing. Collective; `sums` become those of all ranks."""
     if trainer.runtime.mesh.data_size > 1:
         dist.all_reduce(sums, group=trainer.runtime.mesh.data_group)
     loss, nelbo, ce, masked, correct, maskable = sums[: len(SCALARS)].tolist()
-    ce_bins, num_bins = sums[len(SCALARS) :].view(len(BINS), -1).tolist()
+    added = sums[len(sums) - 2 * len(means) :].view(-1, 2).tolist()
+    ce_bins, num_bins = sums[len(SCALARS) : len(sums) - 2 * len(means)].view(len(BINS), -1).tolist()
     return {
         "loss": loss / max(1.0, maskable),
         "nelbo": nelbo / max(1.0, maskable),
         "masked_ce": ce / max(1.0, masked),
         "masked_accuracy": correct / max(1.0, masked),
         "ce_by_mask_ratio": [ce / num if num else None for ce, num in zip(ce_bins, num_bins)],
+        **{name: total / num if num else None for name, (total, num) in zip(means, added, strict=True)},
     }

@@ -41,6 +41,7 @@ class ModelShape(Protocol):
     head_transform: bool
     head_bias: bool
     logit_shift: bool
+    critic: bool
 
 
 TIME_FEATURES = 256  # sinusoid features of the mask ratio
@@ -112,7 +113,17 @@ def parameter_table(config: ModelShape, vocabulary: Any) -> dict[str, ParameterS
         specs.append(_table("head.weight", vocabulary.num_outputs, width, 0.0))
     if config.head_bias:
         specs.append(_vector("head.bias", vocabulary.size if config.tied else vocabulary.num_outputs, 0.0))
+    specs += _extra_head_specs(config)
     return {spec.name: spec for spec in specs}
+
+
+EXTRA_HEADS = ("head.critic.",)  # what a model may lack that another is started from
+
+
+def _extra_head_specs(config: ModelShape) -> list[ParameterSpec]:
+    """The heads beside the output table; no tensor-parallel rank holds a part of one."""
+    width = config.hidden_size
+    return [_matrix("head.critic.weight", (1, width), (1, width), None, config.init_std)] if config.critic else []
 
 
 def has_first_norm(config: ModelShape, layer: int) -> bool:

@@ -237,14 +237,20 @@ class HeadView:
         column_V1 = F.pad(bias_V, (0, weight_VD.shape[0] - bias_V.shape[0])).to(weight_VD.dtype)[:, None]
         return F.pad(hidden_ND, (0, 1), value=1.0), torch.cat([weight_VD, column_V1], dim=1)
 
-    def cross_entropy(self, target_N: torch.Tensor, weight_N: torch.Tensor, z_loss: float = 0.0):
+    def cross_entropy(
+        self, target_N: torch.Tensor, weight_N: torch.Tensor, z_loss: float = 0.0, label_smoothing: float = 0.0
+    ):
         """(weighted sum and z-loss, ce [N], is_correct [N]) of the clean ids `target_N`."""
         head = self._head
         bias_V = head.local_bias(self.hidden_ND.device)
         return ops.linear_cross_entropy(
             *self._operands(), target_N, weight_N, bias_V, head.vocab_start, head.group,
-            ops.LossTerms(head.softcap, z_loss),
+            ops.LossTerms(head.softcap, z_loss, label_smoothing),
         )  # fmt: skip
+
+    def critic(self) -> torch.Tensor:
+        """Float32 [N]: logit of the probability that the id at each position is wrong. Needs `model.critic`."""
+        return self._head.critic(self.hidden_ND)[:, 0].float()
 
     def logits(self) -> torch.Tensor:
         """Float32 [N, V]; suppressed ids at -inf."""
@@ -270,6 +276,7 @@ class Head(nn.Module):
         self.weight, self.softcap = table.weight, config.logit_softcap
         num_rows = vocabulary.size if config.tied else vocabulary.num_outputs
         self.bias = nn.Parameter(torch.empty(num_rows)) if config.head_bias else None
+        self.critic = Linear(config.hidden_size, 1) if config.critic else None
         self.group = layers.group
         self.num_outputs = vocabulary.num_outputs
         self.rows = table.weight.ds_shape[0] if hasattr(table.weight, "ds_shape") else table.weight.shape[0]
