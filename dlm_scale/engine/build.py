@@ -6,10 +6,8 @@ import contextlib
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from dlm_scale.config import resolve_batch
-from dlm_scale.engine.checks import check_against_table
+from dlm_scale.engine.checks import check_against_table, check_precision
 from dlm_scale.engine.deepspeed_config import deepspeed_dict, zero_stage
 from dlm_scale.engine.objectives import Objective, objective_of
 from dlm_scale.engine.optimizer import AdamW, parameter_groups
@@ -55,6 +53,7 @@ def build_trainer(config: Any, runtime: Runtime, vocabulary: Any) -> Trainer:
     optimizer = AdamW(groups, config.optimizer, config.train.ema_decay)
     unit = unit_of(runtime.mesh)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, mpu=unit)
+    check_precision(engine.module, config.train.precision)
     access = StateAccess(engine, stage, table, runtime.mesh)
     return Trainer(config, runtime, vocabulary, engine, table, access, stage, accumulation, objective_of(config))
 
@@ -62,8 +61,7 @@ def build_trainer(config: Any, runtime: Runtime, vocabulary: Any) -> Trainer:
 def _zero_init(deepspeed: Any, stage: int, ds_config: dict, runtime: Runtime) -> Any:
     """Under ZeRO-3 parameters are born partitioned, over the data-parallel group (never the whole world).
 
-    Their type follows from the config's precision. Not from `dtype=`: DeepSpeed 0.19 reads `dtype or float16 if fp16 is
-    supported else bfloat16`, so that on a CPU without float16 a model asked for in float32 would be bfloat16.
+    Their type is left to the config: DeepSpeed 0.19.8 takes a `dtype` for bfloat16 where the CPU has no fp16 units.
     """
     if stage < 3:
         return contextlib.nullcontext()
