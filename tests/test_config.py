@@ -28,9 +28,9 @@ from dlm_scale.config_compare import config_difference, is_result_neutral
 from dlm_scale.config_text import dump_yaml, parse_overrides, parse_yaml
 from dlm_scale.deepspeed_keys import OWNED, PASSED, ZERO_OPTIMIZATION, deepspeed_problems
 from dlm_scale.errors import UsageError
+from tests.coming import CONFIGS
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 TINY = ROOT / "configs" / "shakespeare_char_tiny.yaml"
 
 
@@ -467,6 +467,7 @@ def test_every_config_loads_has_its_size_and_round_trips(path, tmp_path):
 
 def test_the_planned_configs_are_there():
     names = "quickstart shakespeare_char shakespeare_char_tiny wikitext103_tiny wikitext103_small wikitext103_124m"
+    names += " char_diffusion sft depth12"
     assert set(f"{names} owt_124m owt_350m llada_1b llada_8b dlm_70b".split()) <= {p.stem for p in CONFIGS}
 
 
