@@ -12,13 +12,17 @@ from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
 
-import datasets  # noqa: F401  (once, before the forks; so are the next)
+import datasets  # noqa: F401  (once, before the forks, as everything that a command would import)
 import deepspeed  # noqa: F401
 import matplotlib.pyplot  # noqa: F401
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch._dynamo  # noqa: F401
+import torch._inductor.compile_fx  # noqa: F401
 
+import dlm_scale.engine.session  # noqa: F401
+import dlm_scale.inference  # noqa: F401
 from dlm_scale import cli
 from dlm_scale.config import load_config
 from dlm_scale.prepare import _of_config
