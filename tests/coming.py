@@ -10,8 +10,8 @@ COMING = (
     "configs/gaussian_depth12.yaml", "configs/nanochat_llm.yaml", "configs/tinystories_edit.yaml",
     *("diffusion." + key for key in "anneal_corruption corruption_prob deletion_corruption edit_stage_start "
       "insertion_corruption num_diffusion_steps time_loss_weighting visible_subsample".split()),
-    *("objective." + key for key in "critic_alpha critic_end critic_every critic_start critic_weighting entropy_threshold "
-      "judge label_smoothing mask_ratio_power sampler_alpha sampler_start".split()),
+    *("objective." + key for key in "critic_alpha critic_end critic_every critic_start critic_weighting "
+      "entropy_threshold judge label_smoothing mask_ratio_power sampler_alpha sampler_start".split()),
     *("objective.kind=" + kind for kind in ("sequence_scoring", "token_classification")),
     *("gaussian." + key for key in "num_steps prediction schedule self_conditioning".split()),
     "model.sampler_head", "model.labels", "model.score", "data.answer_padding",

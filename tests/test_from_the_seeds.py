@@ -31,10 +31,11 @@ from tests.forked import run_ranks
 from tests.test_docs import BLOCKS, DOCUMENTS, ROOT, RUN, commands
 
 DOCUMENT, STEPS, LENGTH = "docs/from_the_seeds.md", 3, 256
-TINY = ("model.hidden_size=16", "model.num_heads=2", "model.ffn_size=32", f"train.stop_at_step={STEPS}", "train.log_every=1",
-        "train.precision=fp32", "train.eval_rows=2", "train.eval_draws=2", "train.device=cpu")
+TINY = ("model.hidden_size=16", "model.num_heads=2", "model.ffn_size=32", f"train.stop_at_step={STEPS}",
+        "train.log_every=1", "train.precision=fp32", "train.eval_rows=2", "train.eval_draws=2", "train.device=cpu")
 ROWS = ("train.total_batch_size=null", "train.global_batch_size=4", "train.micro_batch_size=2")
-EARLY = {"critic_start": "objective.critic_start=0 objective.critic_end=2", "sampler_start": "objective.sampler_start=0",
+EARLY = {"critic_start": "objective.critic_start=0 objective.critic_end=2",
+         "sampler_start": "objective.sampler_start=0",
          "edit_stage_start": "diffusion.edit_stage_start=0.0"}  # what begins late begins at once
 
 

@@ -24,7 +24,8 @@ def _run(tensor_size, cases, steps):
     from dlm_scale.engine.runtime import start_runtime
 
     runtime = start_runtime("cpu", tensor_size)
-    found = [run_engine(runtime, case_config(parallel__tensor_parallel_size=tensor_size, **case), steps) for case in cases]
+    layout = {"parallel__tensor_parallel_size": tensor_size}
+    found = [run_engine(runtime, case_config(**layout, **case), steps) for case in cases]
     return found if runtime.is_first else None
 
 
