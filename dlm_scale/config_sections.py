@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic_core import PydanticCustomError
 
 TIED_UP_TO_WIDTH = 1024  # models up to about 350M parameters share the embedding and the head
 FFN_MULTIPLE = 128
+HEAD_WIDTH_OF_DEPTH = 64
 
 Positive = Annotated[int, Field(gt=0, lt=2**63)]
 NonNegative = Annotated[int, Field(ge=0, lt=2**63)]
@@ -20,6 +22,10 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
+
+
+BOTH = "{key} = {value} in the same section says this quantity too; give one of the two (null takes the other out)"
+ALTERNATIVE = Field(None, validate_default=True)  # for a key with _unless_given
 
 
 class Section(BaseModel):
@@ -39,6 +45,20 @@ def _default_weighting(values: dict[str, Any]) -> str:
     return "simple" if values["time_loss_weighting"] is False else "count"
 
 
+def _unless_given(other: str) -> AfterValidator:
+    """Of a key whose quantity `other`, a key above it, can say too: exactly one of the two is given."""
+
+    def check(value: Any, info: ValidationInfo) -> Any:
+        given = info.data.get(other)
+        if other in info.data and value is None and given is None:
+            raise PydanticCustomError("missing", "missing")
+        if value is not None and given is not None:
+            raise PydanticCustomError("both", BOTH, {"key": other, "value": given})
+        return value
+
+    return AfterValidator(check)
+
+
 def _default_ffn_size(values: dict[str, Any]) -> int:
     """4d for GELU; for gated ones 8d/3, up to a multiple of 128, so that both cost about the same."""
     width = values["hidden_size"]
@@ -48,6 +68,7 @@ def _default_ffn_size(values: dict[str, Any]) -> int:
 class ModelConfig(Section):
     """The transformer's shape. What is left out is derived, and written out in the resolved config."""
 
+    depth: Positive | None = Field(None, exclude=True)  # says the next three: so many layers, and heads of width 64
     num_layers: Positive
     hidden_size: Positive
     num_heads: Positive
@@ -79,6 +100,20 @@ class ModelConfig(Section):
     labels: bool = False  # a head of objective.kind = token_classification
     score: bool = False  # a head of objective.kind = sequence_scoring
     init_from: Text | None = None  # start from the weights of this checkpoint
+
+    @model_validator(mode="before")
+    @classmethod
+    def _depth_is_a_shape(cls, values: Any) -> Any:
+        """The resolved config shows what model.depth stands for instead of it."""
+        depth = values.get("depth") if isinstance(values, Mapping) else None
+        if type(depth) is not int or depth < 1:
+            return values
+        if values.get("num_layers") is not None:
+            text = "= {depth} and model." + BOTH
+            problem = "model.depth", text.format(depth=depth, key="num_layers", value=values["num_layers"])
+            raise PydanticCustomError("problems", "{text}", {"text": " ".join(problem), "all": [problem]})
+        shape = {"num_layers": depth, "hidden_size": HEAD_WIDTH_OF_DEPTH * depth, "num_heads": depth}
+        return shape | {k: v for k, v in values.items() if k != "depth" and (v is not None or k not in shape)}
 
 
 class ObjectiveConfig(Section):
@@ -195,11 +230,13 @@ class ParallelConfig(Section):
 
 class TrainConfig(Section):
     """Batch, length, precision, cadences and the run folder. Batches count sequences; cadences count steps, 0 = never
-    but at the ends of the run."""
+    but at the ends of the run. The resolved config shows global_batch_size and num_steps, however they were said."""
 
-    global_batch_size: Positive
+    total_batch_size: Positive | None = Field(None, exclude=True)  # tokens: model.seq_len x global_batch_size
+    global_batch_size: Annotated[Positive | None, _unless_given("total_batch_size")] = ALTERNATIVE
     micro_batch_size: Positive
-    num_steps: Positive
+    target_param_data_ratio: PositiveFloat | None = None  # tokens a parameter, which give num_steps (train.py)
+    num_steps: Annotated[Positive | None, _unless_given("target_param_data_ratio")] = ALTERNATIVE
     precision: Literal["fp32", "bf16"] = "bf16"
     activation_checkpoint_every: NonNegative = 0  # 0 none, 1 every block, n every n-th
     log_every: Positive = 10
@@ -228,6 +265,7 @@ class OptimizerConfig(Section):
 
     name: Literal["adamw", "muon"] = "adamw"  # muon: hidden matrices; AdamW for the rest
     learning_rate: PositiveFloat  # of AdamW
+    embedding_learning_rate: PositiveFloat | None = None  # of the vocabulary tables; none: learning_rate
     muon_learning_rate: PositiveFloat = 0.01
     muon_momentum: BelowOne = 0.95
     min_learning_rate_ratio: Ratio = 0.1

@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_likelihood_arguments(group: Any) -> None:
     add = group.add_argument
     add("--data", metavar="PREFIX", help="dataset prefix; default: the run's data.validation")
-    add("--max_rows", type=int, help="evaluate the first N rows only")
+    add("--max_rows", type=int, metavar="N", help="evaluate N rows, spread evenly over the set (default: all)")
+    add("--eval_tokens", type=int, metavar="N", help="the same in tokens: as many whole rows as fit into N")
     add("--likelihood", choices=LIKELIHOODS, default="nelbo",
         help="nelbo: the bound; duel, l2r: exact, of the sampler with --order, or from left to right (default nelbo)")
     add("--estimator", choices=ESTIMATORS, help="of the bound; default: pairs where --num_draws is a multiple of 4")
@@ -100,11 +101,23 @@ def check_arguments(args: argparse.Namespace) -> None:
                          "independent halves give the standard error)")
     mode_of(args)
     _steps(args)
-    for name in ("batch_size", "max_rows", "tokens_per_step", "generate", "length", "tensor_parallel_size"):
+    if args.max_rows is not None and args.eval_tokens is not None:
+        raise UsageError("--max_rows and --eval_tokens say the same quantity: give one of the two")
+    for name in ("batch_size", "max_rows", "eval_tokens", "tokens_per_step", "generate", "length",
+                 "tensor_parallel_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name}={value}: must be at least 1")
     check_layout(dist_env().world_size, args.tensor_parallel_size, "--tensor_parallel_size")
+
+
+def _max_rows(args: argparse.Namespace, seq_len: int) -> int:
+    """Most rows of `seq_len` tokens to evaluate; 0: all."""
+    if args.eval_tokens is None:
+        return args.max_rows or 0
+    if args.eval_tokens < seq_len:
+        raise UsageError(f"--eval_tokens={args.eval_tokens}: less than one row, which has {seq_len} tokens")
+    return args.eval_tokens // seq_len
 
 
 def _steps(args: argparse.Namespace) -> list[int]:
@@ -138,7 +151,7 @@ def evaluate_likelihood(args: argparse.Namespace, runtime: Any) -> dict[str, Any
     prefix = args.data or first.config.data.validation
     if prefix is None:
         raise UsageError(f"--data is needed: the run of {args.checkpoint} had no validation set")
-    data = ValidationData(prefix, first.seq_len, args.max_rows or 0)
+    data = ValidationData(prefix, first.seq_len, _max_rows(args, first.seq_len))
     require_same_tokenizer(first.tokenizer_meta, data.meta, args.checkpoint, prefix)
     options = LikelihoodOptions(args.likelihood, args.estimator, args.num_draws, args.batch_size, args.seed, args.order,
                                 args.tokens_per_step)
@@ -253,7 +266,7 @@ def evaluate_suite(args: argparse.Namespace, runtime: Any) -> dict[str, Any]:
     inference = load(args.checkpoint, args, runtime)
     options = LikelihoodOptions(args.likelihood, args.estimator, args.num_draws, args.batch_size, args.seed, args.order,
                                 args.tokens_per_step)
-    return evaluate_sets(inference, args.sets, args.source, args.max_rows or 0, options, runtime)
+    return evaluate_sets(inference, args.sets, args.source, _max_rows(args, inference.seq_len), options, runtime)
 
 
 def sweep_text(report: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -41,6 +42,7 @@ def check(config_path: str, overrides: list[str], world: int) -> tuple[Any, Any,
     check_layout(world, config.parallel.tensor_parallel_size)
     resolve_batch(config, world // config.parallel.tensor_parallel_size)
     data, validation = open_datasets(config)
+    config = with_num_steps(config, data.vocabulary)
     check_resume_point(config, data)
     return config, data, validation
 
@@ -87,6 +89,20 @@ def open_datasets(config: Any) -> tuple[Any, Any]:
     validation = ValidationData(config.data.validation, config.model.seq_len, config.train.eval_rows)
     require_same_tokenizer(data.tokenizer_meta, validation.meta, "data.train", "data.validation")
     return data, validation
+
+
+def with_num_steps(config: Any, vocabulary: Any) -> Any:
+    """The config with train.num_steps where train.target_param_data_ratio says it: the fewest steps that train on so
+    many tokens a parameter. The parameters, tables included, are known once the data, and so the vocabulary, are."""
+    from dlm_scale.model.parameters import count_parameters
+
+    ratio = config.train.target_param_data_ratio
+    if ratio is None:
+        return config
+    tokens_a_step = config.train.global_batch_size * config.model.seq_len
+    steps = math.ceil(ratio * count_parameters(config.model, vocabulary) / tokens_a_step)
+    train = config.train.model_copy(update={"target_param_data_ratio": None, "num_steps": steps})
+    return config.model_copy(update={"train": train})
 
 
 def check_resume_point(config: Any, data: Any) -> None:

@@ -169,7 +169,7 @@ def train_step(trainer: Trainer, batch: Sequence[Corrupted], state: TrainState,
     engine, mesh = trainer.engine, trainer.runtime.mesh
     factor = rate_factor(state.step, trainer.config.train.num_steps, trainer.config.optimizer)
     for group in engine.optimizer.param_groups:
-        group["lr"] = trainer.config.optimizer.learning_rate * factor
+        group["lr"] = group["rate"] * factor
     hidden_fn, sums, losses = annealed(engine, trainer.config, state.step), 0.0, []
     if batch[0].denominator is None:
         enter("agree")

@@ -38,6 +38,15 @@ def test_the_same_number_to_the_last_digit(trained, capfd):
     assert evaluated(capfd, trained, "--max_rows=24", "--num_draws=2", "--weights=raw")["weights"] == "raw"
 
 
+def test_rows_said_in_tokens(trained, capfd):
+    rows = evaluated(capfd, trained, "--json", "--max_rows=3", "--num_draws=2")
+    assert evaluated(capfd, trained, "--json", f"--eval_tokens={3 * 16 + 15}", "--num_draws=2") == rows
+    for arguments, said in ((["--eval_tokens=15"], "less than one row, which has 16 tokens"),
+                            (["--eval_tokens=64", "--max_rows=4"], "--max_rows and --eval_tokens")):
+        assert run_ranks(1, cli.main, ["evaluate", str(trained), "--device=cpu", *arguments])[0] == 2
+        assert said in capfd.readouterr().err
+
+
 def test_two_ranks_give_the_number_of_one(trained, capfd):
     arguments = ["evaluate", str(trained), "--max_rows=40", "--num_draws=2", "--batch_size=16", "--device=cpu"]
     reports = []
