@@ -73,7 +73,8 @@ def open_datasets(config: Any) -> tuple[Any, Any]:
     from dlm_scale.data.loader import ValidationData, open_data, require_same_tokenizer
 
     source = f"synthetic:{config.data.synthetic_vocab_size}" if config.data.is_synthetic else config.data.train
-    data = open_data(source, config.model.seq_len, config.train.seed, config.data.packing, config.data.order)
+    how = {key: getattr(config.data, key) for key in ("packing", "order", "answer_padding")}
+    data = open_data(source, config.model.seq_len, config.train.seed, **how)
     if config.objective.kind == "autoregressive" and getattr(data.tokenizer_meta, "is_chat", False):
         raise UsageError("objective.kind=autoregressive: data.train holds conversations, which only masked diffusion takes "
                          "so far; give text, or leave the objective out")

@@ -46,6 +46,8 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, num_samples: int) ->
     add("--top_k", type=int, default=0, help="draw from the k likeliest tokens only; 0 = all (default: %(default)s)")
     add("--top_p", type=float, default=1.0, help="draw from the smallest set of this probability (default: 1)")
     add("--sample", default=True, **FLAG, help="False takes the likeliest token everywhere")
+    add("--chat", nargs="?", const="chatml", metavar="TEMPLATE",
+        help="the prompt is a user's message, the text the answer: by chatml (default) or a Jinja file")  # fmt: skip
     add("--stop_token", action="append", default=[], help="a token that ends the text; `eos` is the tokenizer's own")
     add("--block_size", type=int, metavar="N", help="fill N positions after the other; text may exceed the context")
     add("--guidance", type=float, default=0.0, help="strengthen the prompt's say; two passes a step (default: 0, off)")
@@ -88,7 +90,7 @@ def stream_settings(options: Mapping[str, Any], inference: Any) -> dict[str, Any
         "temperature": options["temperature"] if options["sample"] else 0.0,
         "top_k": options["top_k"],
         "top_p": options["top_p"],
-        "stop_ids": [_token_id("stop_token", token, inference.tokenizer) for token in options["stop_token"]],
+        "stop_ids": _stop_ids(options, inference),
         "block_size": options["block_size"],
         "context": None if options["block_size"] is None else inference.seq_len,
         "guidance": options["guidance"],
@@ -97,6 +99,12 @@ def stream_settings(options: Mapping[str, Any], inference: Any) -> dict[str, Any
         "confidence_bias": _biases("confidence_bias", options, inference.tokenizer),
         "logit_bias": _biases("logit_bias", options, inference.tokenizer),
     }
+
+
+def _stop_ids(options: Mapping[str, Any], inference: Any) -> list[int]:
+    """Those asked for, and where there is a chat template the token with which it ends an answer."""
+    asked = [_token_id("stop_token", token, inference.tokenizer) for token in options["stop_token"]]
+    return asked if options["chat"] is None else [*asked, inference.chat(options["chat"]).end_id]
 
 
 def longest_canvas(options: Mapping[str, Any], inference: Any) -> int:
