@@ -75,7 +75,7 @@ def open_datasets(config: Any) -> tuple[Any, Any]:
     source = f"synthetic:{config.data.synthetic_vocab_size}" if config.data.is_synthetic else config.data.train
     how = {key: getattr(config.data, key) for key in ("packing", "order", "answer_padding")}
     data = open_data(source, config.model.seq_len, config.train.seed, **how)
-    if config.objective.kind == "autoregressive" and getattr(data.tokenizer_meta, "is_chat", False):
+    if config.objective.kind == "autoregressive" and is_chat(data):
         raise UsageError("objective.kind=autoregressive: data.train holds conversations, which only masked diffusion takes "
                          "so far; give text, or leave the objective out")
     if config.data.validation is None:
@@ -83,6 +83,11 @@ def open_datasets(config: Any) -> tuple[Any, Any]:
     validation = ValidationData(config.data.validation, config.model.seq_len, config.train.eval_rows)
     require_same_tokenizer(data.tokenizer_meta, validation.meta, "data.train", "data.validation")
     return data, validation
+
+
+def is_chat(data: Any) -> bool:
+    """Whether the training data are conversations; synthetic ones are not."""
+    return getattr(data.tokenizer_meta, "is_chat", False)
 
 
 def check_resume_point(config: Any, data: Any) -> None:
@@ -189,7 +194,7 @@ def train(config: Any, data: Any, validation: Any) -> None:
     origin = None if checkpoint else find_origin(config, data, inspect)
     session = Session(config, runtime, data)
     try:
-        trainer = build_trainer(config, runtime, data.vocabulary)
+        trainer = build_trainer(config, runtime, data.vocabulary, has_segments=is_chat(data))
         state = restore(trainer, checkpoint) if checkpoint else start_fresh(trainer, origin)
         with naming_lost_ranks(runtime.env):
             session.run(trainer, data, validation, state, checkpoint)

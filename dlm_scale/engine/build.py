@@ -35,8 +35,11 @@ class Trainer:
     accumulation: int
 
 
-def build_trainer(config: Any, runtime: Runtime, vocabulary: Any) -> Trainer:
-    """Build model, optimizer and engine; the weights are not set yet (`StateAccess.fill`). Collective."""
+def build_trainer(config: Any, runtime: Runtime, vocabulary: Any, has_segments: bool = False) -> Trainer:
+    """Build model, optimizer and engine; the weights are not set yet (`StateAccess.fill`). Collective.
+
+    has_segments: the data's rows consist of segments, whatever the config says: conversations do.
+    """
     accumulation = resolve_batch(config, runtime.mesh.data_size)
     stage, ds_config = zero_stage(config), deepspeed_dict(config, accumulation)
     deepspeed = import_deepspeed()
@@ -46,7 +49,7 @@ def build_trainer(config: Any, runtime: Runtime, vocabulary: Any) -> Trainer:
         model = Transformer(config.model, vocabulary, layers, config.train.activation_checkpoint_every)
     check_against_table(model, table, runtime.mesh)
     if config.train.compile:
-        _compile_blocks(model, stage, config.data.has_segments)
+        _compile_blocks(model, stage, has_segments or config.data.has_segments)
     if stage < 3:
         model = model.to(runtime.device)
     groups = parameter_groups(model.named_parameters(), table, config.optimizer)
