@@ -74,7 +74,7 @@ def test_no_prompt_token_has_a_part_in_the_loss(chat, padding):
     def hidden_fn(xt_BL, *, m_B, rows_N, readout, attention):
         logits_NV = logits_BLV.flatten(0, 1)[rows_N]
 
-        def cross_entropy(target_N, weight_N, z_loss):
+        def cross_entropy(target_N, weight_N, z_loss, label_smoothing):
             ce_N = torch.nn.functional.cross_entropy(logits_NV, target_N, reduction="none")
             return (weight_N * ce_N).sum(), ce_N, logits_NV.argmax(1) == target_N
 
