@@ -27,6 +27,7 @@ def cross_problems(config: Config) -> Iterator[Problem]:
         )
     if config.objective.kind == "autoregressive":
         yield from _autoregressive_problems(config)
+    yield from _head_problems(config)
     if config.model.init_from and config.train.branch_from:
         yield "model.init_from", "starts from weights alone, train.branch_from from the full state: give one of them"
     if config.diffusion.attention_anneal_steps and (config.data.has_segments or config.train.compile):
@@ -41,6 +42,23 @@ def cross_problems(config: Config) -> Iterator[Problem]:
             yield f"data.{key}", f"= {value} needs documents on the disk, which data.train=synthetic has none of: drop it"
     if config.train.global_batch_size % config.train.micro_batch_size:
         yield "train.global_batch_size", batch_text(config.train, 1)
+
+
+def _head_problems(config: Config) -> Iterator[Problem]:
+    """Losses of heads that are not there, and schedules that never begin."""
+    objective = config.objective
+    heads = (("critic_alpha", "model.critic", config.model.critic),
+             ("sampler_alpha", "model.sampler_head", config.model.sampler_head))  # fmt: skip
+    for key, head, is_there in heads:
+        value = getattr(objective, key)
+        if value and not is_there:
+            yield f"objective.{key}", f"= {value} trains a head that the model has not: set {head}=true"
+        if value and objective.kind == "autoregressive":
+            yield f"objective.{key}", f"= {value} has no meaning under objective.kind = autoregressive: set 0"
+    if objective.critic_end and objective.critic_end < objective.critic_start:
+        yield "objective.critic_end", f"= {objective.critic_end} is before critic_start = {objective.critic_start}"
+    if objective.critic_weighting and not objective.critic_alpha:
+        yield "objective.critic_weighting", "= true needs a critic that learns: set objective.critic_alpha"
 
 
 def _autoregressive_problems(config: Config) -> Iterator[Problem]:

@@ -72,6 +72,7 @@ class ModelConfig(Section):
     head_bias: bool = False
     logit_shift: bool = False  # token i is predicted from position i-1, as an autoregressive model does
     critic: bool = False  # a head that says which ids of a filled text are wrong
+    sampler_head: bool = False  # a head that predicts an id from those beside it too
     init_from: Text | None = None  # start from the weights of this checkpoint
 
 
@@ -79,6 +80,15 @@ class ObjectiveConfig(Section):
     """What the network learns: to fill in masked tokens, or its autoregressive twin to predict the next one."""
 
     kind: Literal["masked", "autoregressive"] = "masked"
+    critic_alpha: NonNegativeFloat = 0.0  # weight of the critic's loss; 0 = off
+    critic_start: NonNegative = 0  # step: the weight rises from 0 there ...
+    critic_end: NonNegative = 0  # ... to critic_alpha here (default: at once)
+    critic_every: Positive = 1  # in every n-th step
+    critic_detach: bool = False  # the trunk learns nothing from it
+    critic_scope: Literal["masked_only", "masked_and_visible"] = "masked_only"
+    critic_weighting: bool = False  # masked tokens weigh as much as the critic doubts them
+    sampler_alpha: NonNegativeFloat = 0.0  # weight of the sampler head's loss; 0 = off
+    sampler_start: NonNegative = 0  # the first step that has it
 
 
 class DiffusionConfig(Section):

@@ -33,6 +33,8 @@ class Corrupted:
     one rank does not know them (the train step then sums them over the ranks).
     attention: the mask value that the network needs; where documents are packed it has `cu_seqlens` int32 [S+1] and
     `to(device)`. None: every position of a row sees every other.
+    What only some objectives read, else None: uniform_BL float64, for the ids that a critic judges, and maskable_BL bool;
+    told_BL bool, whose clean ids a sampler head is told.
     """
 
     xt_BL: torch.Tensor
@@ -47,6 +49,9 @@ class Corrupted:
     num_maskable_B: torch.Tensor
     denominator: float | None
     attention: Any = None
+    uniform_BL: torch.Tensor | None = None
+    maskable_BL: torch.Tensor | None = None
+    told_BL: torch.Tensor | None = None
 
     @property
     def bounds_S1(self) -> torch.Tensor | None:

@@ -20,6 +20,7 @@ from dlm_scale.diffusion.weighting import WEIGHTINGS
 from dlm_scale.engine.build import Trainer
 from dlm_scale.engine.gradients import clip_by_global_norm
 from dlm_scale.engine.muon import muon_update
+from dlm_scale.engine.objectives import with_draws
 from dlm_scale.engine.optimizer import rate_factor
 from dlm_scale.engine.state import TrainState
 from dlm_scale.engine.state_access import inner_optimizer
@@ -80,7 +81,7 @@ def micro_batch(trainer: Trainer, data, sample_B: np.ndarray, t_B: np.ndarray) -
     if rows.bounds_S1 is not None:
         attention = ops.Segments(torch.from_numpy(rows.bounds_S1))
         t_S = segment_times(config.train.seed, sample_B, t_B, rows.bounds_S1, length)
-    return corrupt(
+    corrupted = corrupt(
         rows.ids_BL,
         sample_B,
         t_S,
@@ -93,6 +94,7 @@ def micro_batch(trainer: Trainer, data, sample_B: np.ndarray, t_B: np.ndarray) -
         attention=attention,
         mask_tokens=ops.masks_on(trainer.runtime.device),
     )
+    return with_draws(config, corrupted, rows.maskable_BL, sample_B)
 
 
 def _next_token_batch(trainer: Trainer, rows: Rows, sample_B: np.ndarray, denominator: float | None) -> Corrupted:

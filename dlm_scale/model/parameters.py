@@ -42,6 +42,7 @@ class ModelShape(Protocol):
     head_bias: bool
     logit_shift: bool
     critic: bool
+    sampler_head: bool
 
 
 TIME_FEATURES = 256  # sinusoid features of the mask ratio
@@ -117,13 +118,22 @@ def parameter_table(config: ModelShape, vocabulary: Any) -> dict[str, ParameterS
     return {spec.name: spec for spec in specs}
 
 
-EXTRA_HEADS = ("head.critic.",)  # what a model may lack that another is started from
+EXTRA_HEADS = ("head.critic.", "head.sampler.")  # what a model may lack that another is started from
 
 
 def _extra_head_specs(config: ModelShape) -> list[ParameterSpec]:
-    """The heads beside the output table; no tensor-parallel rank holds a part of one."""
-    width = config.hidden_size
-    return [_matrix("head.critic.weight", (1, width), (1, width), None, config.init_std)] if config.critic else []
+    """The heads beside the output table; no tensor-parallel rank holds a part of one.
+
+    The sampler head's second matrix starts at zero: what it adds to the hidden states is nothing at first.
+    """
+    width, std, specs = config.hidden_size, config.init_std, []
+    if config.critic:
+        specs.append(_matrix("head.critic.weight", (1, width), (1, width), None, std))
+    if config.sampler_head:
+        specs.append(_matrix("head.sampler.first.weight", (width, 3 * width), (width, 3 * width), None, std))
+        specs.append(_vector("head.sampler.norm.gain", width, 1.0))
+        specs.append(_matrix("head.sampler.second.weight", (width, width), (width, width), None, 0.0))
+    return specs
 
 
 def has_first_norm(config: ModelShape, layer: int) -> bool:
