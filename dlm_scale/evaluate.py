@@ -178,9 +178,10 @@ def evaluate_sweep(args: argparse.Namespace, runtime: Any) -> dict[str, Any]:
 
 
 def check_samplers(names: list[str], inference: Any) -> None:
-    """UsageError for a sampler that does not exist."""
+    """UsageError for a sampler that does not exist, or needs a head that the checkpoint has not."""
     from dlm_scale.evaluation.generative import LEFT_TO_RIGHT
     from dlm_scale.sampling import SAMPLERS
+    from dlm_scale.sampling.settings import check_head
 
     known = [LEFT_TO_RIGHT] if inference.is_autoregressive else list(SAMPLERS)
     for name in names:
@@ -188,6 +189,8 @@ def check_samplers(names: list[str], inference: Any) -> None:
             near = difflib.get_close_matches(name, known, n=1)
             raise UsageError(f"sampler {name!r} is none for this checkpoint"
                              + (f"; did you mean {near[0]!r}?" if near else f"; choose of: {', '.join(known)}"))
+        if name in SAMPLERS:
+            check_head(name, inference)
 
 
 def _load_with_judge(args: argparse.Namespace, runtime: Any) -> tuple[Any, Any]:

@@ -43,11 +43,18 @@ class Inference:
     def is_autoregressive(self) -> bool:
         return self.config.objective.kind == "autoregressive"
 
-    def predict(self, x_BL, rows_N, attention=None, cache=None):
-        """Log-probabilities [N, V] float32 of the clean ids at flat positions (docs/design.md, signature 3).
+    @property
+    def predict(self) -> Any:
+        """predict(x_BL, rows_N, attention=None, cache=None) -> log-probabilities [N, V] float32 of the clean ids at flat
+        positions (docs/design.md, signature 3), with `critique` and `local` (sampling/predict.py).
 
         Raises UsageError where an autoregressive checkpoint is asked for a position behind a mask.
         """
+        from dlm_scale.sampling.predict import Predict
+
+        return Predict(self._read, self.model.head)
+
+    def _read(self, x_BL, rows_N, readout, attention=None, cache=None):
         import torch
 
         from dlm_scale.ops import segment_means
@@ -60,9 +67,7 @@ class Inference:
                 raise UsageError("kept keys and values are for masked checkpoints, and this one is autoregressive")
             x_BL, attention = self._left_context(x_BL, rows_N, is_masked_BL, attention)
         with torch.no_grad():
-            return self.model(
-                x_BL, m_B=m_B, rows_N=rows_N, readout=lambda head: head.log_probs(), attention=attention, cache=cache
-            )
+            return self.model(x_BL, m_B=m_B, rows_N=rows_N, readout=readout, attention=attention, cache=cache)
 
     def generate(self, prompts: Sequence[str], *, num_samples: int = 1, is_infill: bool = False, **options) -> list:
         """`num_samples` Samples (text, ids, nfe) of each prompt, or with is_infill of each text with <mask> holes.

@@ -19,6 +19,10 @@ as 1/num_steps.
 from dataclasses import dataclass
 
 CACHES = ("none", "prefix", "dual")  # caches.py
+HEADS = {  # what a sampler may need of a model (predict.py): the head that gives it
+    "critique": "a model with a critic (model.critic=true, trained with objective.critic_alpha)",
+    "local": "a model with a sampler head (model.sampler_head=true, trained with objective.sampler_alpha)",
+}
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,26 @@ class Sampler:
     eta: float = 0.0
     one_token_a_step: bool = False
 
+    @property
+    def needs(self) -> "str | None":
+        """What `predict` must offer beside log-probabilities (predict.py)."""
+        if self.reviser == "critic":
+            return "critique"
+        return "local" if self.token_sampler == "local_waves" else None
+
     def __post_init__(self):
-        if self.reviser != "none" and (self.schedule, self.selector) != ("independent", "due"):
+        parts = self.reviser, self.selector, self.schedule
+        if (self.reviser == "critic" or self.selector == "all") and parts != ("critic", "all", "even"):
+            raise ValueError(
+                "reviser 'critic', selector 'all' and schedule 'even' belong together (a critic judges texts without "
+                f"holes), not {self.reviser!r}, {self.selector!r} and {self.schedule!r}"
+            )
+        if self.needs == "local" and (self.reviser != "none" or self.selector == "sampled_confidence"):
+            raise ValueError(
+                f"token_sampler 'local_waves' needs reviser 'none' and an order by the state, not {self.reviser!r} and "
+                f"{self.selector!r}: its ids are drawn after the positions are chosen"
+            )
+        if self.reviser not in ("none", "critic") and (self.schedule, self.selector) != ("independent", "due"):
             raise ValueError(
                 f"reviser {self.reviser!r} needs schedule 'independent' and selector 'due', "
                 f"not {self.schedule!r} and {self.selector!r}: only these know when a position comes back"
@@ -89,6 +111,10 @@ SAMPLERS = {
     "remdm_conf": Sampler(schedule="independent", reviser="confidence", eta=1.0),
     # Nine tenths are revealed early, then rewritten at a constant mask ratio, then the rest follows.
     "remdm_loop": Sampler(schedule="independent", mask_ratio="plateau", reviser="loop", eta=0.02),
+    # Token-critic (arXiv 2209.04439): everything is drawn, and what the critic doubts most is masked again; two passes.
+    "critic": Sampler(selector="all", reviser="critic"),
+    # The positions of a pass of `ancestral` one after the other where they touch (waves.py); needs a sampler head.
+    "local_waves": Sampler(schedule="independent", token_sampler="local_waves"),
 }
 
 

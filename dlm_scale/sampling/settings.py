@@ -12,7 +12,7 @@ from typing import Any
 
 from dlm_scale.errors import UsageError
 from dlm_scale.sampling.requests import LONGEST_IN_BLOCKS
-from dlm_scale.sampling.samplers import CACHES, SAMPLERS
+from dlm_scale.sampling.samplers import CACHES, HEADS, SAMPLERS
 
 _ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\\": "\\"}
 RANGES = {
@@ -81,8 +81,10 @@ def check_sampling(options: Mapping[str, Any]) -> None:
 
 def stream_settings(options: Mapping[str, Any], inference: Any) -> dict[str, Any]:
     """The keyword settings of `stream` that do not depend on the canvas: all but num_steps."""
+    name = options["sampler"] or inference.default_sampler
+    check_head(name, inference)
     return {
-        "sampler": options["sampler"] or inference.default_sampler,
+        "sampler": name,
         "seed": options["seed"],
         "mask_id": inference.vocabulary.mask_id,
         "temperature": options["temperature"] if options["sample"] else 0.0,
@@ -97,6 +99,13 @@ def stream_settings(options: Mapping[str, Any], inference: Any) -> dict[str, Any
         "confidence_bias": _biases("confidence_bias", options, inference.tokenizer),
         "logit_bias": _biases("logit_bias", options, inference.tokenizer),
     }
+
+
+def check_head(name: str, inference: Any) -> None:
+    """UsageError where the checkpoint has not the head that a sampler needs."""
+    needed = SAMPLERS[name].needs
+    if needed and getattr(inference.predict, needed) is None:
+        raise UsageError(f"--sampler {name} needs {HEADS[needed]}; this checkpoint has none: take another sampler")
 
 
 def longest_canvas(options: Mapping[str, Any], inference: Any) -> int:

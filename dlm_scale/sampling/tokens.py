@@ -51,7 +51,8 @@ def _is_nucleus(weight_NV: Tensor, top_p: float) -> Tensor:
     return torch.zeros_like(is_kept_NV).scatter(1, order_NV, is_kept_NV)
 
 
-TOKEN_SAMPLERS = {"inverse_cdf": inverse_cdf, "argmax": argmax}
+# local_waves: each id is drawn so, from a law that knows the ids beside it (waves.py).
+TOKEN_SAMPLERS = {"inverse_cdf": inverse_cdf, "argmax": argmax, "local_waves": inverse_cdf}
 
 
 def sample_tokens(

@@ -102,7 +102,7 @@ def test_passes_shrink_until_all_places_agree():
     x_BL = torch.arange(20).view(10, 2)
     made = predict(x_BL, torch.arange(1, 20, 2))
     assert made[:, 0].tolist() == list(range(1, 20, 2))
-    assert predict.rows_by_length == {2: 3} and predict.head_rows == 1
+    assert predict.rows_by_length == {2: 3} and predict.head_rows == {"log_probs": 1}
     assert predict.is_as_full == {(2, 1): False, (2, 2): True}  # so the tenth canvas goes with a copy
     assert (predict.num_rows, predict.num_copies) == (11, 1)
 
