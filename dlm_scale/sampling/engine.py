@@ -335,8 +335,8 @@ def _choose_in_waves(
     place_M = tuple(index[chosen_M] for index in place_N)
     uniform_M, _ = _uniforms(run, state, batch_row_B, place_M)
     ids_M = fill_in_waves(
-        lambda which_K, *beside: again(chosen_M[which_K], *beside), run.draw, state.x_BL, state.is_masked_BL, place_M,
-        uniform_M,
+        lambda which_K, *beside: again(chosen_M[which_K], *beside), run.draw, state.x_BL, state.x_BL == run.mask_id,
+        place_M, uniform_M,
     )  # fmt: skip
     return place_M, ids_M, log_probs_NV[chosen_M]
 
