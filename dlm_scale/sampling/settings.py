@@ -104,7 +104,7 @@ def stream_settings(options: Mapping[str, Any], inference: Any) -> dict[str, Any
 def check_head(name: str, inference: Any) -> None:
     """UsageError where the checkpoint has not the head that a sampler needs."""
     needed = SAMPLERS[name].needs
-    if needed and getattr(inference.predict, needed) is None:
+    if needed and getattr(inference.predict, needed, None) is None:
         raise UsageError(f"--sampler {name} needs {HEADS[needed]}; this checkpoint has none: take another sampler")
 
 
