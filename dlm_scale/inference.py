@@ -86,11 +86,18 @@ class Inference:
         names |= {"gap": GAP_TOKEN} if diffusion.deletion_corruption else {}
         return {name: self.tokenizer.special_ids[token] for name, token in names.items()}
 
-    def predict(self, x_BL, rows_N, attention=None, cache=None):
-        """Log-probabilities [N, V] float32 of the clean ids at flat positions (docs/design.md, signature 3).
+    @property
+    def predict(self) -> Any:
+        """predict(x_BL, rows_N, attention=None, cache=None) -> log-probabilities [N, V] float32 of the clean ids at flat
+        positions (docs/design.md, signature 3), with `critique` and `local` (sampling/predict.py).
 
         Raises UsageError where an autoregressive checkpoint is asked for a position behind a mask.
         """
+        from dlm_scale.sampling.predict import Predict
+
+        return Predict(self._read, self.model.head)
+
+    def _read(self, x_BL, rows_N, readout, attention=None, cache=None):
         import torch
 
         from dlm_scale.ops import segment_means
@@ -104,9 +111,7 @@ class Inference:
             self._check_left_context(rows_N, is_masked_BL, attention)
             x_BL, attention = self.network_input(x_BL)
         with torch.no_grad():
-            return self.model(
-                x_BL, m_B=m_B, rows_N=rows_N, readout=lambda head: head.log_probs(), attention=attention, cache=cache
-            )
+            return self.model(x_BL, m_B=m_B, rows_N=rows_N, readout=readout, attention=attention, cache=cache)
 
     def generate(self, prompts: Sequence[str], *, num_samples: int = 1, is_infill: bool = False, **options) -> list:
         """`num_samples` Samples (text, ids, nfe) of each prompt, or with is_infill of each text with <mask> holes.
