@@ -371,9 +371,10 @@ class Maker:
             torch.tensor([getattr(canvas, name) for canvas in canvases], device=self.inference.device)
             for name in ("ids", "is_fixed")
         )
+        predict = self._of_left_context if self.inference.is_autoregressive else self.fixed
         places = {"request_hashes": [low for low, _ in addresses], "sample_indices": [high for _, high in addresses]}
         try:
-            made = generate(self._predict, x_BL, is_fixed_BL, **places, **self.settings, num_steps=steps)
+            made = generate(predict, x_BL, is_fixed_BL, **places, **self.settings, num_steps=steps)
         except ValueError as error:  # settings that only the canvas shows to be impossible, a model that has diverged
             raise UsageError(f"cannot sample the requests of {len(x_BL[0])} tokens: {error}") from error
         self.new_tokens = sum(canvas.num_open for canvas in canvases)
@@ -383,7 +384,7 @@ class Maker:
             rows.append({"id": request_id, "sample": one.index, "text": one.text, "tokens": one.ids, "nfe": one.nfe})
         return rows
 
-    def _predict(self, x_BL: Any, rows_N: Any) -> Any:
+    def _of_left_context(self, x_BL: Any, rows_N: Any) -> Any:
         read_BL, attention = self.inference.network_input(x_BL)
         return self.fixed(read_BL, rows_N, attention)
 

@@ -155,7 +155,8 @@ def test_a_dataset_without_the_answers_is_refused_with_the_remedy(folder):
 
 @pytest.mark.parametrize("packing", ["none", "best_fit"])
 def test_conversations_are_edited_in_their_answers_alone(folder, packing):
-    changes = {"data__random_length_share": 0.0, "data__packing": packing, "model__seq_len": 96,
+    changes = {"data__random_length_share": 0.0, "data__packing": packing, "data__answer_padding": "none",
+               "model__seq_len": 96,
                "data__train": str(folder / "chat" / "train"), "diffusion__visible_subsample": 1.0}  # fmt: skip
     config = case_config(**EDITING | changes)
     data, _ = open_datasets(config)
