@@ -21,7 +21,7 @@ from dlm_scale.errors import UsageError
 from dlm_scale.model.initialise import initial_values
 from dlm_scale.model.parameters import parameter_table
 from dlm_scale.model.sharding import full_box
-from tests.engine.cases import case_config
+from tests.engine.cases import case_config, import_distributed
 from tests.engine.test_training import lines, run, status
 from tests.engine.test_warm_start import save_weights
 from tests.forked import run_ranks
@@ -240,6 +240,31 @@ def test_a_model_with_heads_starts_from_one_without(base):
         made_ = torch.from_numpy(initial_values(spec, config.train.seed, whole, 0, spec.numel))
         assert initial(spec, whole, 0, spec.numel).equal(made_)
     assert len(new) == len(table) + 4
+
+
+def heads_of(checkpoint, ranks) -> list[torch.Tensor]:
+    """What both heads of a checkpoint say at some positions, by plain passes and by passes of a fixed shape."""
+    from dlm_scale.engine.runtime import start_runtime
+    from dlm_scale.inference import load_for_inference
+    from dlm_scale.sampling.fixed_shape import PASS_SHAPES, FixedShapePredict
+
+    mesh = start_runtime("cpu", ranks).mesh
+    inference = load_for_inference(checkpoint, device="cpu", mesh=mesh)
+    x_BL = torch.randint(0, 5, (3, 16), generator=torch.Generator().manual_seed(0))
+    rows_N, said = torch.arange(0, 48, 5), []
+    fixed = FixedShapePredict(inference.model, inference.vocabulary.mask_id, torch.device("cpu"), PASS_SHAPES["cpu"])
+    for predict in (inference.predict, fixed):
+        log_probs, again = predict.local(x_BL, rows_N)
+        told = again(torch.arange(10), rows_N % 4 - 1, rows_N % 3 - 1)
+        said += [predict.critique(x_BL, rows_N), log_probs.exp(), told.exp()]
+    return [one.numpy().copy() for one in said]
+
+
+def test_a_tensor_parallel_group_says_the_same(run_with_heads):
+    import_distributed()
+    (alone,), (first, second) = (run_ranks(ranks, heads_of, run_with_heads, ranks) for ranks in (1, 2))
+    for one, other, also in zip(alone, first, second, strict=True):
+        assert (other == also).all() and np.abs(one - other).max() < 1e-5 and np.ptp(one) > 0
 
 
 def test_a_checkpoint_without_a_head_is_refused_by_name(base):
