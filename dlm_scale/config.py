@@ -21,6 +21,7 @@ from dlm_scale.config_checks import Problem, batch_text, cross_problems
 from dlm_scale.config_sections import (
     DataConfig,
     DiffusionConfig,
+    GaussianConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
@@ -52,6 +53,7 @@ class Config(Section):
     model: ModelConfig
     objective: ObjectiveConfig = ObjectiveConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
+    gaussian: GaussianConfig = Field(default_factory=GaussianConfig)
     data: DataConfig
     parallel: ParallelConfig = ParallelConfig()
     train: TrainConfig
@@ -61,6 +63,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         _raise_if(list(cross_problems(self)))
+        self.model._gaussian = self.gaussian if self.objective.kind == "gaussian" else None
         return self
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
 TIED_UP_TO_WIDTH = 1024  # models up to about 350M parameters share the embedding and the head
 FFN_MULTIPLE = 128
@@ -73,12 +73,35 @@ class ModelConfig(Section):
     logit_shift: bool = False  # token i is predicted from position i-1, as an autoregressive model does
     critic: bool = False  # a head that says which ids of a filled text are wrong
     init_from: Text | None = None  # start from the weights of this checkpoint
+    _gaussian: GaussianConfig | None = PrivateAttr(None)
+
+    @property
+    def gaussian(self) -> GaussianConfig | None:
+        """The section of that name where it is the objective's, which Config lends to the shape: it has widths in it."""
+        return self._gaussian
 
 
 class ObjectiveConfig(Section):
-    """What the network learns: to fill in masked tokens, or its autoregressive twin to predict the next one."""
+    """What the network learns: to fill in masked tokens, its autoregressive twin to predict the next one, or Gaussian
+    diffusion to denoise token vectors."""
 
-    kind: Literal["masked", "autoregressive"] = "masked"
+    kind: Literal["masked", "autoregressive", "gaussian"] = "masked"
+
+
+def _default_loss(values: dict[str, Any]) -> str:
+    return "ce" if values["prediction"] == "x0_softmax" else "vlb"
+
+
+class GaussianConfig(Section):
+    """Diffusion of token vectors, with objective.kind = gaussian only."""
+
+    schedule: Literal["cosine", "linear", "sqrt"] = "cosine"
+    num_steps: Annotated[int, Field(ge=2, le=1_000_000)] = 1000  # of the forward process, whose bound is evaluated
+    prediction: Literal["x0_softmax", "v", "eps"] = "x0_softmax"
+    loss: Literal["ce", "vlb", "mse"] = Field(default_factory=_default_loss)
+    embedding_dim: Annotated[int, Field(ge=2, lt=2**20)] = 32
+    embeddings: Literal["unit_norm", "fixed", "free"] = "unit_norm"  # fixed: of length 1 and never trained
+    self_conditioning: bool = False
 
 
 class DiffusionConfig(Section):

@@ -33,6 +33,7 @@ class Corrupted:
     one rank does not know them (the train step then sums them over the ranks).
     attention: the mask value that the network needs; where documents are packed it has `cu_seqlens` int32 [S+1] and
     `to(device)`. None: every position of a row sees every other.
+    noise_BLE float32, reads_guess_B bool: of Gaussian diffusion only (gaussian.py).
     """
 
     xt_BL: torch.Tensor
@@ -47,6 +48,8 @@ class Corrupted:
     num_maskable_B: torch.Tensor
     denominator: float | None
     attention: Any = None
+    noise_BLE: torch.Tensor | None = None
+    reads_guess_B: torch.Tensor | None = None
 
     @property
     def bounds_S1(self) -> torch.Tensor | None:

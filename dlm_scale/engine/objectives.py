@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from dlm_scale.diffusion.corruption import Corrupted
+from dlm_scale.diffusion.gaussian import Process
+from dlm_scale.diffusion.gaussian_objective import gaussian_diffusion
 from dlm_scale.diffusion.objective import masked_diffusion
 
 Objective = Callable[[Callable, Corrupted, int], tuple[torch.Tensor, dict[str, torch.Tensor]]]
@@ -16,5 +18,14 @@ Objective = Callable[[Callable, Corrupted, int], tuple[torch.Tensor, dict[str, t
 
 def objective_of(config: Any) -> Objective:
     """objective(hidden_fn, corrupted, step) -> (loss_sum, stats)."""
+    if config.objective.kind == "gaussian":
+        gaussian = partial(gaussian_diffusion, process=process_of(config.gaussian), loss=config.gaussian.loss)
+        return lambda hidden_fn, corrupted, step: gaussian(hidden_fn, corrupted)
     plain = partial(masked_diffusion, z_loss=config.diffusion.z_loss)
     return lambda hidden_fn, corrupted, step: plain(hidden_fn, corrupted)
+
+
+def process_of(options: Any) -> Process:
+    """The forward process of the section `gaussian`."""
+    return Process(options.schedule, options.num_steps, options.prediction, options.embedding_dim,
+                   options.self_conditioning)
