@@ -6,10 +6,8 @@ import contextlib
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from dlm_scale.config import resolve_batch
-from dlm_scale.engine.checks import check_against_table
+from dlm_scale.engine.checks import check_against_table, check_precision
 from dlm_scale.engine.deepspeed_config import deepspeed_dict, zero_stage
 from dlm_scale.engine.objectives import Objective, objective_of
 from dlm_scale.engine.optimizer import AdamW, parameter_groups
@@ -55,18 +53,19 @@ def build_trainer(config: Any, runtime: Runtime, vocabulary: Any) -> Trainer:
     optimizer = AdamW(groups, config.optimizer, config.train.ema_decay)
     unit = unit_of(runtime.mesh)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, mpu=unit)
+    check_precision(engine.module, config.train.precision)
     access = StateAccess(engine, stage, table, runtime.mesh)
     return Trainer(config, runtime, vocabulary, engine, table, access, stage, accumulation, objective_of(config))
 
 
 def _zero_init(deepspeed: Any, stage: int, ds_config: dict, runtime: Runtime) -> Any:
-    """Under ZeRO-3 parameters are born partitioned, over the data-parallel group (never the whole world)."""
+    """Under ZeRO-3 parameters are born partitioned, over the data-parallel group (never the whole world).
+
+    Their type is left to the config: DeepSpeed 0.19.8 takes a `dtype` for bfloat16 where the CPU has no fp16 units.
+    """
     if stage < 3:
         return contextlib.nullcontext()
-    dtype = torch.bfloat16 if "bf16" in ds_config else torch.float32
-    return deepspeed.zero.Init(
-        data_parallel_group=runtime.mesh.data_group, config_dict_or_path=ds_config, dtype=dtype
-    )
+    return deepspeed.zero.Init(data_parallel_group=runtime.mesh.data_group, config_dict_or_path=ds_config)
 
 
 def _compile_blocks(model: Transformer, stage: int, has_segments: bool) -> None:

@@ -45,6 +45,19 @@ def check_against_table(model: torch.nn.Module, table: Mapping[str, ParameterSpe
         raise RuntimeError(f"tensor-parallel rank {mesh.tensor_rank} of {mesh.tensor_size}: {'; '.join(wrong)}")
 
 
+def check_precision(model: torch.nn.Module, precision: str) -> None:
+    """The weights of the forward pass must have the type that train.precision names: DeepSpeed chooses it by several
+    ways, one of which depends on the processor.
+
+    Raises RuntimeError naming a parameter that has not.
+    """
+    wanted = torch.bfloat16 if precision == "bf16" else torch.float32
+    wrong = [f"{name} is {p.dtype}" for name, p in model.named_parameters() if p.dtype != wanted]
+    if wrong:
+        raise RuntimeError(f"train.precision={precision}, but {wrong[0]} ({len(wrong)} parameters of another type): "
+                           "DeepSpeed has built the model in another precision than it was asked for")
+
+
 def check_same_batch(batch: Sequence[Corrupted], mesh: Any, device: torch.device) -> None:
     """The ranks of a tensor-parallel group must train on the same rows, noised alike. Collective over that group.
 

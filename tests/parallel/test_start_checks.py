@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dlm_scale.config import resolve_batch
-from dlm_scale.engine.checks import check_against_table, check_same_batch
+from dlm_scale.engine.checks import check_against_table, check_precision, check_same_batch
 from dlm_scale.errors import UsageError
 from dlm_scale.model.parameters import parameter_table
 from dlm_scale.model.transformer import Transformer
@@ -140,3 +140,32 @@ def test_any_vocabulary_divides(size):
 
     for rows in (1, 37, 127, 128, 129, 389, 50257, 50258):
         assert padded_rows(rows, size) % (128 * size) == 0 and 0 <= padded_rows(rows, size) - rows < 128 * size
+
+
+def test_weights_of_another_precision_are_named():
+    model, _ = built()
+    check_precision(model, "fp32")
+    with pytest.raises(RuntimeError, match="precision=bf16, but embedding.weight is torch.float32"):
+        check_precision(model, "bf16")
+
+
+def _types_under_zero3(has_fp16: bool) -> list[str]:
+    from deepspeed.accelerator import get_accelerator
+
+    from dlm_scale.engine.build import build_trainer
+    from dlm_scale.engine.runtime import start_runtime
+
+    get_accelerator().is_fp16_supported = lambda: has_fp16
+    runtime, found = start_runtime("cpu", 1), []
+    for precision in ("fp32", "bf16"):
+        config = case_config(zero__stage=3, train__precision=precision)
+        trainer = build_trainer(config, runtime, data_of(config).vocabulary)
+        found += sorted({str(p.dtype) for p in trainer.engine.module.parameters()})
+    return found
+
+
+@pytest.mark.parametrize("has_fp16", [False, True])
+def test_precision_under_zero3_does_not_depend_on_the_processor(has_fp16):
+    """DeepSpeed takes a `dtype` of zero.Init for bfloat16 on processors without fp16 units."""
+    import_distributed()
+    assert run_ranks(1, _types_under_zero3, has_fp16) == [["torch.float32", "torch.bfloat16"]]
