@@ -177,9 +177,8 @@ def evaluation_record(trainer: Trainer, validation: Any, state: TrainState, watc
     line = {"step": state.step, "tokens": state.samples * trainer.config.model.seq_len}
     if validation is None:
         return line | {"val_nelbo": None, "val_nelbo_se": None}
-    train = trainer.config.train
-    estimate = evaluate(trainer.engine, validation, trainer.vocabulary, trainer.config.objective.kind, train,
-                        trainer.runtime.mesh, trainer.runtime.device, on_batch=lambda _: watch.enter("evaluate"))
+    estimate = evaluate(trainer.engine, validation, trainer.vocabulary, trainer.config, trainer.runtime.mesh,
+                        trainer.runtime.device, on_batch=lambda _: watch.enter("evaluate"))
     return line | {
         "val_nelbo": estimate.nelbo,
         "val_nelbo_se": estimate.nelbo_se,

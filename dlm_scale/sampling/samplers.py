@@ -19,6 +19,7 @@ as 1/num_steps.
 from dataclasses import dataclass
 
 CACHES = ("none", "prefix", "dual")  # caches.py
+GAUSSIAN_SAMPLERS = {"ddim": 0.0, "ddpm": 1.0}  # of Gaussian checkpoints (gaussian.py): their eta
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ from typing import Any
 
 from dlm_scale.errors import UsageError
 from dlm_scale.sampling.requests import LONGEST_IN_BLOCKS
-from dlm_scale.sampling.samplers import CACHES, SAMPLERS
+from dlm_scale.sampling.samplers import CACHES, GAUSSIAN_SAMPLERS, SAMPLERS
 
 _ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\\": "\\"}
 RANGES = {
     "steps": (0, 2**31), "max_new_tokens": (1, 2**31), "num_samples": (1, 2**31), "seed": (0, 2**64 - 1),
     "temperature": (0, 1e6), "top_k": (0, 2**31), "top_p": (1e-6, 1), "block_size": (1, 2**31), "guidance": (0, 1e6),
-    "refresh_every": (0, 2**31),
+    "eta": (0, 1), "refresh_every": (0, 2**31),
 }  # fmt: skip
 
 
@@ -37,7 +37,8 @@ FLAG = {"type": boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
 def add_sampling_arguments(parser: argparse.ArgumentParser, num_samples: int) -> None:
     """The shared flags; each takes `--key=value` too. `num_samples` is the default of that flag."""
     add = parser.add_argument
-    add("--sampler", help=f"one of {', '.join(SAMPLERS)} (default: the checkpoint's)")
+    add("--sampler", help=f"one of {', '.join(SAMPLERS)}; of Gaussian checkpoints {' or '.join(GAUSSIAN_SAMPLERS)} "
+        "(default: the checkpoint's)")  # fmt: skip
     add("--steps", "--diffusion_steps", type=int, default=0, help="most passes a sample; 0 = the checkpoint's default")
     add("--max_new_tokens", type=int, help="tokens after the prompt (default: 256, or what the context leaves)")
     add("--num_samples", "-n", type=int, default=num_samples, help="how many samples (default: %(default)s)")
@@ -49,6 +50,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, num_samples: int) ->
     add("--stop_token", action="append", default=[], help="a token that ends the text; `eos` is the tokenizer's own")
     add("--block_size", type=int, metavar="N", help="fill N positions after the other; text may exceed the context")
     add("--guidance", type=float, default=0.0, help="strengthen the prompt's say; two passes a step (default: 0, off)")
+    add("--eta", type=float, help="noise on the way of ddim, 0 to 1 (default: 0; 1 is ddpm)")
     add("--cache", choices=CACHES, default="none", help="keep keys and values within a block: faster, approximate")
     add("--refresh_every", type=int, default=0, metavar="N", help="whole passes within a block (0: only at its start)")
     add("--confidence_bias", action="append", default=[], metavar="TOKEN=VALUE",
@@ -68,9 +70,10 @@ def check_ranges(options: Mapping[str, Any], ranges: Mapping[str, tuple]) -> Non
 def check_sampling(options: Mapping[str, Any]) -> None:
     """Raises UsageError for an unknown sampler or a value outside its range."""
     name = options["sampler"]
-    if name is not None and name not in SAMPLERS:
-        near = difflib.get_close_matches(name, SAMPLERS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose one of: {', '.join(SAMPLERS)}"
+    known = [*SAMPLERS, *GAUSSIAN_SAMPLERS]
+    if name is not None and name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of: {', '.join(known)}"
         raise UsageError(f"--sampler {name!r} is not a sampler; {hint}")
     check_ranges(options, RANGES)
     if options["cache"] != "none" and options["block_size"] is None:
@@ -80,8 +83,11 @@ def check_sampling(options: Mapping[str, Any]) -> None:
 
 
 def stream_settings(options: Mapping[str, Any], inference: Any) -> dict[str, Any]:
-    """The keyword settings of `stream` that do not depend on the canvas: all but num_steps."""
-    return {
+    """The keyword settings of `stream` that do not depend on the canvas: all but num_steps. Raises UsageError for what
+    the checkpoint's kind of diffusion has not."""
+    _check_kind(options, inference)
+    own = {"eta": options["eta"]} if inference.is_gaussian else {}
+    return own | {
         "sampler": options["sampler"] or inference.default_sampler,
         "seed": options["seed"],
         "mask_id": inference.vocabulary.mask_id,
@@ -99,6 +105,26 @@ def stream_settings(options: Mapping[str, Any], inference: Any) -> dict[str, Any
     }
 
 
+_OFF = {"top_k": 0, "top_p": 1.0, "block_size": None, "guidance": 0.0, "cache": "none", "confidence_bias": [],
+        "logit_bias": []}  # fmt: skip
+
+
+def _check_kind(options: Mapping[str, Any], inference: Any) -> None:
+    name, path = options["sampler"], inference.checkpoint.path
+    if not inference.is_gaussian:
+        if name in GAUSSIAN_SAMPLERS or options["eta"] is not None:
+            raise UsageError(f"{'--eta' if name not in GAUSSIAN_SAMPLERS else f'--sampler {name}'} is of Gaussian "
+                             f"diffusion, and {path} is {inference.kind}: choose one of {', '.join(SAMPLERS)}, or take a "
+                             "checkpoint of objective.kind=gaussian")
+        return
+    if name in SAMPLERS:
+        raise UsageError(f"--sampler {name} fills in masks, and {path} is gaussian: choose one of "
+                         f"{', '.join(GAUSSIAN_SAMPLERS)}, or take a masked checkpoint")
+    for flag, off in _OFF.items():
+        if options[flag] != off:
+            raise UsageError(f"--{flag} has no meaning for {path}, which is gaussian: leave it out")
+
+
 def longest_canvas(options: Mapping[str, Any], inference: Any) -> int:
     """Most tokens of prompt and answer together: only blocks go beyond the context."""
     return inference.seq_len if options["block_size"] is None else LONGEST_IN_BLOCKS
@@ -107,7 +133,8 @@ def longest_canvas(options: Mapping[str, Any], inference: Any) -> int:
 def num_steps(options: Mapping[str, Any], inference: Any, num_open: int) -> int:
     """Most passes of a canvas with `num_open` positions to fill: what was asked for, else the sampler's default."""
     name = options["sampler"] or inference.default_sampler
-    is_one_a_token = SAMPLERS[name].one_token_a_step or options["block_size"] is not None
+    is_one_a_token = not inference.is_gaussian and (
+        SAMPLERS[name].one_token_a_step or options["block_size"] is not None)
     default = num_open if is_one_a_token else inference.default_num_steps
     return options["steps"] or max(1, default)
 
