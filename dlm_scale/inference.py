@@ -88,7 +88,8 @@ class Inference:
         """(x0 float32 [B, L, E], ids [B, L]) of a Gaussian checkpoint: its prediction of the clean vectors from those
         at `step` of 1 ... T and from an earlier prediction (zeros: none), and the token that stands for each.
 
-        temperature, of x0_softmax: 0 takes the likeliest token's vector (Diffusion-LM's clamping).
+        temperature, of x0_softmax: 0 takes the likeliest token's vector (Diffusion-LM's clamping). What v and eps predict
+        is kept within the ball of the vectors where these have length 1: near t = 1 an error of eps is divided by ~0.
         """
         import torch
 
@@ -100,6 +101,8 @@ class Inference:
         def readout(head):
             if process.prediction != "x0_softmax":
                 x0_NE = process.x0(z_BLE.flatten(0, 1), head.output(), alpha, sigma)
+                if self.config.gaussian.embeddings != "free":
+                    x0_NE = x0_NE / x0_NE.norm(dim=-1, keepdim=True).clamp(min=1)
                 return x0_NE, head.nearest_ids(x0_NE)
             return head.mean(max(temperature, 1e-4)), head.best_ids()
 

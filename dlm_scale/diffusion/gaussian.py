@@ -4,9 +4,10 @@ x is the vector E[id] of a token, E dimensions; z_i = alpha_i x + sigma_i eps wi
 1 - abar_i at the steps i = 1 ... T of time t = i/T (variance preserving). The reverse law has the form of the posterior
 q(z_s | z_i, x) with a prediction in x's place. -log p(row) is at most, in nats (Ho et al., arXiv 2006.11239)
 
-    KL(q(z_T|x) || N(0, 1)) + sum over i = 2 ... T of (SNR_{i-1} - SNR_i)/2 |x - xhat(z_i)|^2 - log p(row | z_1)
+    KL(q(z_T|x) || N(0, 1)) + sum over i = f+1 ... T of (SNR_{i-1} - SNR_i)/2 |x - xhat(z_i)|^2 - log p(row | z_f)
 
-all three in expectation over the noise; `bound_weights` has the factors.
+all three in expectation over the noise; `bound_weights` has the factors. f is the first step whose SNR is at most
+`max_snr`: nothing is learnt below it, where tokens are plain to see, and the least doubt would cost thousands of nats.
 
 Sources: cosine: Nichol and Dhariwal (arXiv 2102.09672); linear: DDPM; sqrt: Diffusion-LM (2205.14217); v: Salimans and
 Ho (2202.00512); eta: DDIM (2010.02502); xhat by softmax: CDCD (2211.15089), Plaid (2305.18619); self-conditioning:
@@ -95,6 +96,17 @@ class Process:
     prediction: str
     dim: int
     self_conditioning: bool = False
+    max_snr: float = math.inf
+
+    @property
+    def first(self) -> int:
+        """The step at which the process begins and a sample ends."""
+        return min(1 + int((self.snr[1:] > self.max_snr).sum()), self.num_steps - 1)
+
+    @property
+    def num_used(self) -> int:
+        """Steps first ... T."""
+        return self.num_steps - self.first + 1
 
     @property
     def abar(self) -> Tensor:
@@ -105,17 +117,17 @@ class Process:
         return self.abar / (1 - self.abar)
 
     def steps(self, t: np.ndarray) -> np.ndarray:
-        """int64: the step of times in (0, 1], uniform on 1 ... T where time is."""
-        return np.clip(np.ceil(np.asarray(t) * self.num_steps), 1, self.num_steps).astype(np.int64)
+        """int64: the step of times in (0, 1], uniform on first ... T where time is."""
+        return self.first - 1 + np.clip(np.ceil(np.asarray(t) * self.num_used), 1, self.num_used).astype(np.int64)
 
     def step_of(self, t: Tensor) -> Tensor:
         """int64: the step of times i/T, on any device."""
         return (t * self.num_steps).round().long()
 
     def bound_weights(self) -> Tensor:
-        """float64 [T+1]: of |x - xhat(z_i)|^2 in the bound, (SNR_{i-1} - SNR_i)/2; 0 where i < 2."""
-        weight = torch.zeros_like(self.abar)
-        weight[2:] = (self.snr[1:-1] - self.snr[2:]) / 2
+        """float64 [T+1]: of |x - xhat(z_i)|^2 in the bound, (SNR_{i-1} - SNR_i)/2; 0 up to `first`."""
+        weight, snr = torch.zeros_like(self.abar), self.snr[self.first :]
+        weight[self.first + 1 :] = (snr[:-1] - snr[1:]) / 2
         return weight
 
     def error_factor(self) -> Tensor:
@@ -167,17 +179,17 @@ def row_noise(seed: int, sample_index_B: np.ndarray, length: int, dim: int, stre
 
 
 def noised(
-    x0_BL, sample_index_B: np.ndarray, t_B: np.ndarray, *, seed: int, process: Process, mask_id: int,
+    x0_BL, sample_index_B: np.ndarray, step_B: np.ndarray, *, seed: int, process: Process, mask_id: int,
     denominator: float | None, maskable_BL=None, stream: int = Stream.GAUSS,
 ) -> Corrupted:  # fmt: skip
-    """The rows with the noise of their token vectors, as a `Corrupted` that says the step by t = m = i/T.
+    """The rows at their steps, with the noise of their token vectors: a `Corrupted` that says the step by t = m = i/T.
 
     xt_BL are the clean ids: their vectors exist only inside the network. Positions that are not maskable are read
     without noise, and as the mask in a tenth of the rows. Words 0 and 1 of Philox(seed; sample low, high, 0, PART) say
     which rows read their own guess (one half), and which of them hide what is given.
     """
     x0_BL, sample_index_B, maskable_BL = clean_rows(x0_BL, sample_index_B, maskable_BL, mask_id)
-    t_B, ones_B = process.steps(t_B) / process.num_steps, torch.ones(len(x0_BL))
+    t_B, ones_B = np.asarray(step_B) / process.num_steps, torch.ones(len(x0_BL))
     own_B, hides_B = (uniform24(word) for word in philox(seed, *counter_of(sample_index_B), 0, int(Stream.PART))[:2])
     read_BL = np.where(maskable_BL | (hides_B >= CONDITION_DROP * 2**24)[:, None], x0_BL, mask_id)
     masked = masked_at(x0_BL, maskable_BL, row_bounds(*x0_BL.shape), mask_id)

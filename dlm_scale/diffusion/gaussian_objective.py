@@ -25,7 +25,7 @@ LOSSES = {SOFTMAX: ("ce", "vlb"), "v": ("vlb", "mse"), EPS: ("vlb", "mse")}  # t
 
 class Terms(NamedTuple):
     """loss_sum: a scalar in the graph. The rest, detached, [N] in nats: kl_N (the summand of step i of the bound),
-    reconstruction_N (valid where i = 1), prior_N; ce_N and is_correct_N: of the token nearest to the prediction."""
+    reconstruction_N (valid at the first step), prior_N; ce_N and is_correct_N: of the token nearest to the prediction."""
 
     loss_sum: Tensor
     kl_N: Tensor
@@ -72,8 +72,8 @@ def terms_of(head: Any, corrupted: Corrupted, process: Process, loss: str) -> Te
     step_N = process.step_of(corrupted.t_B)[corrupted.rows_N // corrupted.xt_BL.shape[1]]
     look_up = lambda values_T1: values_T1.to(step_N.device)[step_N].float()  # noqa: E731
     clean_NE, noise_NE = head.clean_NE, corrupted.noise_BLE.flatten(0, 1)[corrupted.rows_N]
-    weight_N, factor_N, is_first_N = look_up(process.bound_weights()), look_up(process.error_factor()), step_N == 1
-    prior_N, target_N, num_steps = process.prior(clean_NE), corrupted.target_N, process.num_steps
+    weight_N, factor_N, is_first_N = look_up(process.bound_weights()), look_up(process.error_factor()), step_N == process.first
+    prior_N, target_N, num_steps = process.prior(clean_NE), corrupted.target_N, process.num_used
     if process.prediction == SOFTMAX:
         error_N = (clean_NE - head.mean()).square().sum(-1)
         ce_weight_N = corrupted.weight_N if loss == "ce" else num_steps * is_first_N.float()
@@ -83,8 +83,8 @@ def terms_of(head: Any, corrupted: Corrupted, process: Process, loss: str) -> Te
         wanted_NE = noise_NE if process.prediction == EPS else alpha_N1 * noise_NE - sigma_N1 * clean_NE
         raw_N = (wanted_NE - (predicted_NE := head.output())).square().sum(-1)
         error_N = factor_N * raw_N
-        snr, is_bound = float(process.snr[1]), float(loss == "vlb")
-        seen_NE = clean_NE + snr**-0.5 * noise_NE  # z_1 / alpha_1
+        snr, is_bound = float(process.snr[process.first]), float(loss == "vlb")
+        seen_NE = clean_NE + snr**-0.5 * noise_NE  # z / alpha at the first step
         sharpness_N, ones_N = torch.full_like(raw_N, snr), torch.full_like(raw_N, is_bound)
         loss_sum, reconstruction_N, _ = head.nearest(seen_NE, sharpness_N, target_N, ones_N)
         z_NE = alpha_N1 * clean_NE + sigma_N1 * noise_NE
@@ -104,8 +104,8 @@ def gaussian_diffusion(
     in nats; the bins are of time in place of the mask ratio."""
     terms = run_network(hidden_fn, corrupted, process, lambda head: terms_of(head, corrupted, process, loss))
     step_N = process.step_of(corrupted.t_B)[corrupted.segment_N]
-    seen_N = (step_N == 1) * process.num_steps if process.prediction == SOFTMAX else 1
-    bound_N = process.num_steps * terms.kl_N + seen_N * terms.reconstruction_N + terms.prior_N
+    seen_N = (step_N == process.first) * process.num_used if process.prediction == SOFTMAX else 1
+    bound_N = process.num_used * terms.kl_N + seen_N * terms.reconstruction_N + terms.prior_N
     stats = masked_stats(corrupted, terms.ce_N, terms.is_correct_N)
     return terms.loss_sum, stats | {"nelbo_sum": bound_N.double().sum()}
 
@@ -113,7 +113,7 @@ def gaussian_diffusion(
 def bound_of_row_step(
     hidden_fn: Callable, corrupted: Corrupted, process: Process
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """[N] each: the bound's summand at the rows' step, the reconstruction (valid at step 1), the prior, the ce."""
+    """[N] each: the bound's summand at the rows' step, the reconstruction (valid at the first), the prior, the ce."""
     loss = LOSSES[process.prediction][0]
     terms = run_network(hidden_fn, corrupted, process, lambda head: terms_of(head, corrupted, process, loss))
     return terms.kl_N, terms.reconstruction_N, terms.prior_N, terms.ce_N

@@ -28,4 +28,4 @@ def objective_of(config: Any) -> Objective:
 def process_of(options: Any) -> Process:
     """The forward process of the section `gaussian`."""
     return Process(options.schedule, options.num_steps, options.prediction, options.embedding_dim,
-                   options.self_conditioning)
+                   options.self_conditioning, options.max_snr)

@@ -112,7 +112,8 @@ def _noised_batch(trainer: Trainer, rows: Rows, sample_B: np.ndarray, t_B: np.nd
     if rows.bounds_S1 is not None:
         raise UsageError("objective.kind=gaussian: documents packed into rows are not there yet; prepare or read the data "
                          "without packing")
-    return noised(rows.ids_BL, sample_B, t_B, seed=trainer.config.train.seed, process=process_of(trainer.config.gaussian),
+    process = process_of(trainer.config.gaussian)
+    return noised(rows.ids_BL, sample_B, process.steps(t_B), seed=trainer.config.train.seed, process=process,
                   mask_id=trainer.vocabulary.mask_id, denominator=denominator, maskable_BL=rows.maskable_BL)
 
 

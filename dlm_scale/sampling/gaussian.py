@@ -38,10 +38,10 @@ class GaussianState:
     is_done_B: Tensor
 
 
-def grid(num_steps: int, most: int) -> list[int]:
-    """Steps most ... of the forward process at which the network looks: `num_steps` of them, or all."""
-    count = min(num_steps, most)
-    return [round(most * k / count) for k in range(count, 0, -1)]
+def grid(num_steps: int, first: int, last: int) -> list[int]:
+    """Steps last ... first of the forward process at which the network looks: `num_steps` of them, or all."""
+    count = min(num_steps, last - first + 1)
+    return [last] if count == 1 else [first + round((last - first) * k / (count - 1)) for k in range(count - 1, -1, -1)]
 
 
 @torch.no_grad()
@@ -78,7 +78,7 @@ def stream(
     noise, abar = make_noise(seed, request_hashes, sample_indices), process.abar.to(x_BL.device)
     fixed_BLE = token_vectors(torch.where(is_fixed_BL, x_BL, 0))
     draw = lambda number: _normals(noise, number, x_BL.shape[1], process.dim).to(fixed_BLE)  # noqa: E731
-    steps = grid(num_steps, process.num_steps)
+    steps = grid(num_steps, process.first, process.num_steps)
     z_BLE, guess_BLE = draw(0), torch.zeros_like(fixed_BLE)
     yield _state(x_BL, is_fixed_BL, is_fixed_BL, 0, is_done=False)
     for number, step in enumerate(steps, 1):

@@ -102,7 +102,7 @@ def test_noise_is_normal_and_knows_its_row_and_column_alone():
 def test_what_is_given_is_clean_and_hidden_in_a_tenth_of_the_rows():
     x_BL, maskable_BL = np.tile(np.arange(6), (4000, 1)), np.tile(np.arange(6) > 1, (4000, 1))
     process = Process("cosine", 10, "v", 4)
-    corrupted = noised(x_BL, np.arange(4000), (np.arange(4000) + 0.5) / 4000, seed=1, process=process, mask_id=9,
+    corrupted = noised(x_BL, np.arange(4000), process.steps((np.arange(4000) + 0.5) / 4000), seed=1, process=process, mask_id=9,
                        denominator=None, maskable_BL=maskable_BL)  # fmt: skip
     given_BL = corrupted.xt_BL[:, :2]
     is_hidden_B = (given_BL == 9).all(1)
@@ -117,25 +117,25 @@ def test_the_bound_is_one_and_tight_for_an_exact_network():
     law = torch.tensor([0.8, 0.2], dtype=torch.float64)
     vectors = torch.tensor([1.0, -1.0], dtype=torch.float64)
     gaps = []
-    for num_steps in (5, 200):
-        process = Process("cosine", num_steps, "x0_softmax", 1)
+    for num_steps, max_snr in ((5, math.inf), (200, math.inf), (200, 50.0)):
+        process = Process("cosine", num_steps, "x0_softmax", 1, max_snr=max_snr)
         nodes, shares = np.polynomial.hermite_e.hermegauss(60)
         eps, share = torch.from_numpy(nodes), torch.from_numpy(shares / shares.sum())
         total = 0.0
         for token, probability in enumerate(law):
             bound = float(process.prior(vectors[token : token + 1, None])[0])
-            for step in range(1, num_steps + 1):
+            for step in range(process.first, num_steps + 1):
                 alpha, sigma = process.scales(torch.tensor(step), eps)
                 z = alpha * vectors[token] + sigma * eps
                 posterior = torch.softmax(law.log() - (z[:, None] - alpha * vectors) ** 2 / (2 * sigma**2), dim=1)
-                if step == 1:
+                if step == process.first:
                     bound -= float((share * posterior[:, token].log()).sum())
                 else:
                     error = ((posterior @ vectors) - vectors[token]) ** 2
                     bound += float(process.bound_weights()[step] * (share * error).sum())
             total += float(probability) * bound
-        gaps.append(total + float((law * -law.log()).sum()) * -1)
-    assert 0 < gaps[1] < 0.02 and gaps[1] < gaps[0] < 0.8
+        gaps.append(total - float((law * -law.log()).sum()))
+    assert 0 < gaps[1] < 0.02 and gaps[1] < gaps[0] < 0.8 and 0 < gaps[2] < gaps[1]
 
 
 def test_rows_of_another_kind_are_refused():

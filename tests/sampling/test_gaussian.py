@@ -12,7 +12,7 @@ from dlm_scale.sampling.gaussian import grid, one_by_one, stream
 
 ANGLES = torch.arange(3) * (2 * math.pi / 3)
 VECTORS = torch.stack([ANGLES.cos(), ANGLES.sin()], dim=1)  # on the unit circle
-PROCESS = Process("cosine", 1000, "x0_softmax", 2)
+PROCESS = Process("cosine", 1000, "x0_softmax", 2, max_snr=30.0)
 
 
 def exact_denoise(chain):
@@ -40,11 +40,11 @@ def draw(chain, num_rows, denoise=None, first=0, x_BL=None, is_fixed_BL=None, **
     return last
 
 
-@pytest.mark.parametrize("sampler, most", [("ddpm", (0.2, 0.06, 0.03)), ("ddim", (0.2, 0.06, 0.03))])
+@pytest.mark.parametrize("sampler, most", [("ddpm", (0.085, 0.045, 0.04)), ("ddim", (0.065, 0.045, 0.04))])
 def test_samples_reach_the_law_as_steps_grow(chain, sampler, most):
-    found = [chain.distance(draw(chain, 10_000, sampler=sampler, num_steps=steps).x_BL) for steps in (5, 20, 60)]
-    print(sampler, found)
-    assert found[0] > found[2] and all(distance < limit for distance, limit in zip(found, most)), found
+    """10,000 draws of the law itself are 0.026 from it."""
+    found = [chain.distance(draw(chain, 10_000, sampler=sampler, num_steps=steps).x_BL) for steps in (5, 20, 40)]
+    assert found[0] > 1.5 * found[2] and all(distance < limit for distance, limit in zip(found, most)), found
 
 
 def test_eta_one_of_ddim_is_ddpm_bit_for_bit(chain):
@@ -83,4 +83,5 @@ def test_guidance_needs_a_network_without_the_condition_and_pushes_from_it(chain
 
 
 def test_the_grid_ends_at_the_first_step():
-    assert grid(4, 1000) == [1000, 750, 500, 250] and grid(5000, 3) == [3, 2, 1]
+    assert grid(4, 40, 1000) == [1000, 680, 360, 40] and grid(5000, 2, 4) == [4, 3, 2] and grid(1, 2, 4) == [4]
+    assert PROCESS.snr[PROCESS.first - 1] > 30 >= PROCESS.snr[PROCESS.first] and PROCESS.first > 50
