@@ -97,7 +97,7 @@ class GaussianConfig(Section):
 
     schedule: Literal["cosine", "linear", "sqrt"] = "cosine"
     num_steps: Annotated[int, Field(ge=2, le=1_000_000)] = 1000  # of the forward process, whose bound is evaluated
-    max_snr: PositiveFloat = 100.0  # where the process begins and a sample ends
+    max_snr: PositiveFloat = 20.0  # where the process begins and a sample ends (Plaid: exp 3)
     prediction: Literal["x0_softmax", "v", "eps"] = "x0_softmax"
     loss: Literal["ce", "vlb", "mse"] = Field(default_factory=_default_loss)
     embedding_dim: Annotated[int, Field(ge=2, lt=2**20)] = 32
