@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from dlm_scale.config_sections import DiffusionConfig, GaussianConfig, ModelConfig, TrainConfig
+from dlm_scale.config_sections import DiffusionConfig, GaussianConfig, ModelConfig, ObjectiveConfig, TrainConfig
 
 if TYPE_CHECKING:
     from dlm_scale.config import Config
@@ -25,9 +25,12 @@ def cross_problems(config: Config) -> Iterator[Problem]:
             f"= {weighting} needs diffusion.schedule = linear, not {schedule} (its counts are uniform only there): set "
             "diffusion.weighting=elbo or diffusion.schedule=linear",
         )
+    yield from _curriculum_problems(config.diffusion)
     if config.objective.kind == "autoregressive":
         yield from _autoregressive_problems(config)
     yield from _gaussian_problems(config)
+    yield from _label_problems(config)
+    yield from _modifier_problems(config)
     if config.model.init_from and config.train.branch_from:
         yield "model.init_from", "starts from weights alone, train.branch_from from the full state: give one of them"
     if config.diffusion.attention_anneal_steps and (config.data.has_segments or config.train.compile):
@@ -44,12 +47,30 @@ def cross_problems(config: Config) -> Iterator[Problem]:
         yield "train.global_batch_size", batch_text(config.train, 1)
 
 
+def _curriculum_problems(diffusion: DiffusionConfig) -> Iterator[Problem]:
+    is_weighted, weighting = diffusion.time_loss_weighting, diffusion.weighting
+    if is_weighted is not None and is_weighted != (weighting != "simple"):
+        yield (
+            "diffusion.time_loss_weighting",
+            f"= {str(is_weighted).lower()} contradicts diffusion.weighting = {weighting} (without time weighting it is "
+            "simple): give one of them",
+        )
+    is_exact = weighting == "simple" or (weighting == "elbo" and diffusion.schedule == "linear")
+    if diffusion.num_diffusion_steps and not is_exact:
+        yield (
+            "diffusion.num_diffusion_steps",
+            f"= {diffusion.num_diffusion_steps} needs diffusion.weighting = simple, or elbo with the linear schedule, "
+            f"whose 1/t is the weight of discrete times too; not {weighting} with {diffusion.schedule}: set "
+            "diffusion.weighting=elbo diffusion.schedule=linear, or diffusion.num_diffusion_steps=0",
+        )
+
+
 def _autoregressive_problems(config: Config) -> Iterator[Problem]:
     """The twin has no time, no masks and no weights."""
     why, twin = "has no meaning under objective.kind = autoregressive", DiffusionConfig()
     if config.model.time_conditioning != "none":
         yield "model.time_conditioning", f"= {config.model.time_conditioning} {why}, which knows no time: set none"
-    for key in ("schedule", "weighting"):
+    for key in ("schedule", "weighting", "time_loss_weighting", "num_diffusion_steps", "edit_stage_start"):
         value = getattr(config.diffusion, key)
         if value != getattr(twin, key):
             yield f"diffusion.{key}", f"= {value} {why}: leave it out"
@@ -95,6 +116,49 @@ def config_warnings(config: Config) -> Iterator[str]:
             "make the noise easy to tell, so the loss falls to 0.01 and the samples stay noise (docs/gaussian.md); set "
             "gaussian.prediction=x0_softmax, gaussian.loss=vlb or gaussian.embeddings=fixed"
         )
+
+
+def _label_problems(config: Config) -> Iterator[Problem]:
+    """Each objective of replaced tokens has its head, which nothing else trains."""
+    kind, model = config.objective.kind, config.model
+    for of_kind, head in (("token_classification", "labels"), ("sequence_scoring", "score")):
+        if kind == of_kind and not getattr(model, head):
+            yield "objective.kind", f"= {kind} trains a head that the model has not: set model.{head}=true"
+        if kind != of_kind and getattr(model, head):
+            yield f"model.{head}", f"= true is a head of objective.kind = {of_kind}, and nothing of {kind} trains it: set false"
+    if kind not in ("token_classification", "sequence_scoring"):
+        return
+    why, plain = f"has no meaning under objective.kind = {kind}", DiffusionConfig()
+    if model.time_conditioning != "none":
+        yield "model.time_conditioning", f"= {model.time_conditioning} would tell the network how many are replaced: set none"
+    if model.critic:
+        yield "model.critic", f"= true is a head that nothing of objective.kind = {kind} trains: set false"
+    for key in ("weighting", "attention_anneal_steps", "z_loss"):
+        value = getattr(config.diffusion, key)
+        if value != getattr(plain, key):
+            yield f"diffusion.{key}", f"= {value} {why}, which fills no masks: leave it out"
+
+
+def _modifier_problems(config: Config) -> Iterator[Problem]:
+    """Loss modifiers weigh masked tokens, and have the weights to themselves."""
+    options, plain, diffusion = config.objective, ObjectiveConfig(), config.diffusion
+    for key in ("label_smoothing", "mask_ratio_power", "entropy_threshold", "judge", "judge_exponent"):
+        if options.kind != "masked" and getattr(options, key) != getattr(plain, key):
+            yield f"objective.{key}", f"= {getattr(options, key)} changes the loss of objective.kind = masked alone: leave it out"
+    if options.mask_ratio_power and diffusion.weighting != "simple":
+        yield (
+            "objective.mask_ratio_power",
+            f"= {options.mask_ratio_power} takes the place of diffusion.weighting = {diffusion.weighting}: set "
+            "diffusion.weighting=simple (the NELBO is reported all the same)",
+        )
+    if options.entropy_threshold and diffusion.z_loss:
+        yield (
+            "objective.entropy_threshold",
+            f"= {options.entropy_threshold} needs diffusion.z_loss = 0, not {diffusion.z_loss}: the whole gradient is divided "
+            "by the mean weight of the global batch, and the z-loss would be with it",
+        )
+    if options.judge_exponent != plain.judge_exponent and options.judge is None:
+        yield "objective.judge_exponent", f"= {options.judge_exponent} needs a judge: set objective.judge"
 
 
 def _model_problems(config: Config) -> Iterator[Problem]:

@@ -8,8 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dlm_scale.data.vocabulary import DELETE_TOKEN, GAP_TOKEN
 from dlm_scale.errors import UsageError
 from dlm_scale.parallel.mesh import Mesh
+from dlm_scale.sampling.samplers import LEFT_TO_RIGHT
+
+
+LANGUAGE_MODELS = ("masked", "autoregressive")  # the kinds of objective that make one
 
 
 @dataclass(frozen=True)
@@ -40,12 +45,12 @@ class Inference:
 
     @property
     def kind(self) -> str:
-        """`masked`, `autoregressive` or `gaussian`."""
+        """`objective.kind`: `masked`, `autoregressive`, `gaussian`, or that of a head for replaced tokens."""
         return self.config.objective.kind
 
     @property
-    def is_masked(self) -> bool:
-        return self.kind == "masked"
+    def default_sampler(self) -> str:
+        return {"autoregressive": LEFT_TO_RIGHT, "gaussian": "ddim"}.get(self.kind, "ancestral")
 
     @property
     def is_autoregressive(self) -> bool:
@@ -56,8 +61,20 @@ class Inference:
         return self.kind == "gaussian"
 
     @property
-    def default_sampler(self) -> str:
-        return "ddim" if self.is_gaussian else "ancestral"
+    def edit_ids(self) -> dict[str, int]:
+        """Ids of the answers that an editing sampler acts on, `delete` and `gap`, of those that were learnt.
+
+        Raises UsageError where visible tokens were not trained on: their predictions mean nothing.
+        """
+        diffusion, train = self.config.diffusion, self.config.train
+        if self.step <= diffusion.edit_stage_start * train.num_steps:
+            start = f"step {self.step} of {train.num_steps}, diffusion.edit_stage_start = {diffusion.edit_stage_start:g}"
+            raise UsageError(f"{self.checkpoint.path} has no edit stage behind it ({start}): what it predicts at visible "
+                             "tokens is untrained. Sample without --allow_edits and the samplers edit and edit_gated, "
+                             "or train with diffusion.edit_stage_start below 1")
+        names = {"delete": DELETE_TOKEN} if diffusion.insertion_corruption else {}
+        names |= {"gap": GAP_TOKEN} if diffusion.deletion_corruption else {}
+        return {name: self.tokenizer.special_ids[token] for name, token in names.items()}
 
     def predict(self, x_BL, rows_N, attention=None, cache=None):
         """Log-probabilities [N, V] float32 of the clean ids at flat positions (docs/design.md, signature 3).
@@ -78,7 +95,8 @@ class Inference:
         if self.is_autoregressive:
             if cache is not None:
                 raise UsageError("kept keys and values are for masked checkpoints, and this one is autoregressive")
-            x_BL, attention = self._left_context(x_BL, rows_N, is_masked_BL, attention)
+            self._check_left_context(rows_N, is_masked_BL, attention)
+            x_BL, attention = self.network_input(x_BL)
         with torch.no_grad():
             return self.model(
                 x_BL, m_B=m_B, rows_N=rows_N, readout=lambda head: head.log_probs(), attention=attention, cache=cache
@@ -148,16 +166,19 @@ class Inference:
 
         return stream_text(self, prompt, range(num_samples), is_infill, options)
 
-    def _left_context(self, x_BL, rows_N, is_masked_BL, attention):
+    def network_input(self, x_BL) -> tuple:
+        """What the network reads where x_BL is to be predicted, and with which mask value (None: the network's own)."""
         from dlm_scale.diffusion.autoregressive import moved_right
         from dlm_scale.ops import Causal
 
+        return (moved_right(x_BL, self.vocabulary.mask_id), Causal()) if self.is_autoregressive else (x_BL, None)
+
+    def _check_left_context(self, rows_N, is_masked_BL, attention) -> None:
         num_masked_before_BL = is_masked_BL.cumsum(1) - is_masked_BL.long()
         if attention is not None or bool((num_masked_before_BL.flatten()[rows_N] > 0).any()):
             raise UsageError(f"{self.checkpoint.path} is autoregressive: it predicts a token from all those before it, "
-                             "so it can only fill from left to right, as `dlm evaluate --generate N --sampler "
-                             "left_to_right` does; or take a masked checkpoint")
-        return moved_right(x_BL, self.vocabulary.mask_id), Causal()
+                             f"so it can only fill from left to right, by the sampler {LEFT_TO_RIGHT}; or take a masked "
+                             "checkpoint")
 
 
 def load_for_inference(
@@ -169,7 +190,8 @@ def load_for_inference(
     trained it, and all of them must predict together.
 
     Raises:
-        UsageError: no checkpoint there, a damaged one, one of another format, or of a shape that the mesh cannot split.
+        UsageError: no checkpoint there, a damaged one, one of another format, of a shape that the mesh cannot split, or
+            of another kind than a language model.
     """
     from dlm_scale.checkpoint.folders import find_checkpoint
     from dlm_scale.checkpoint.reader import open_checkpoint
@@ -181,6 +203,10 @@ def load_for_inference(
     text, size = checkpoint.document("config.yaml").decode(), mesh.tensor_size
     sections = {"parallel": {"tensor_parallel_size": size}} if size > 1 else None
     config = config_from_text(text, f"{folder}/config.yaml", sections)
+    if config.objective.kind not in LANGUAGE_MODELS:
+        raise UsageError(f"{folder} is no language model (its objective.kind is {config.objective.kind}): it has no "
+                         "NELBO and writes no text; its figures stand in the metrics.jsonl of its run, and a sequence "
+                         "scorer can be an objective.judge")
     meta = _tokenizer_meta(checkpoint)
     tokenizer = None if meta.tokenizer.kind == "none" else _tokenizer(folder, meta)
     place = pick_device(device, local_rank)

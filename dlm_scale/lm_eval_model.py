@@ -39,7 +39,7 @@ class HarnessModel:
                      int(num_draws), sampler, int(steps), int(seed))
 
     def _set_up(self, inference: Any, batch_size: int, num_draws: int, sampler: str | None, steps: int, seed: int):
-        from dlm_scale.evaluation.generative import LEFT_TO_RIGHT
+        from dlm_scale.sampling.samplers import LEFT_TO_RIGHT
 
         if inference.is_gaussian:
             raise UsageError(f"{inference.checkpoint.path} is gaussian: it has no likelihood of a continuation given its "

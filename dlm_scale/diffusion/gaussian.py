@@ -186,11 +186,11 @@ def noised(
 
     xt_BL are the clean ids: their vectors exist only inside the network. Positions that are not maskable are read
     without noise, and as the mask in a tenth of the rows. Words 0 and 1 of Philox(seed; sample low, high, 0, PART) say
-    which rows read their own guess (one half), and which of them hide what is given.
+    which rows hide what is given, and which read their own guess (one half).
     """
     x0_BL, sample_index_B, maskable_BL = clean_rows(x0_BL, sample_index_B, maskable_BL, mask_id)
     t_B, ones_B = np.asarray(step_B) / process.num_steps, torch.ones(len(x0_BL))
-    own_B, hides_B = (uniform24(word) for word in philox(seed, *counter_of(sample_index_B), 0, int(Stream.PART))[:2])
+    hides_B, own_B = (uniform24(word) for word in philox(seed, *counter_of(sample_index_B), 0, int(Stream.PART))[:2])
     read_BL = np.where(maskable_BL | (hides_B >= CONDITION_DROP * 2**24)[:, None], x0_BL, mask_id)
     masked = masked_at(x0_BL, maskable_BL, row_bounds(*x0_BL.shape), mask_id)
     corrupted = assemble(

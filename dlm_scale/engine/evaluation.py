@@ -35,7 +35,7 @@ def cross_entropy_fn(module: Any, device: torch.device):
     return ce_fn
 
 
-def _batches_of_rank(num_rows: int, batch_size: int, mesh: Any) -> list[np.ndarray]:
+def batches_of_rank(num_rows: int, batch_size: int, mesh: Any) -> list[np.ndarray]:
     """Row indices of this rank's batches. Every rank gets as many batches (ZeRO-3 forwards are collective); fillers
     are rows of index -1. Whole batches are dealt out, so a row's numbers do not depend on the number of ranks."""
     starts = np.arange(0, num_rows, batch_size)
@@ -86,11 +86,11 @@ def dataset_sums(sums_of_batch: SumsOfBatch, validation: Any, batch_size: int, m
                  on_batch: Callable[[int], None] | None = None) -> list[RowSums]:
     """The sums of all rows of `validation` (`num_rows`, `rows(indices)`). Collective over the data group."""
     parts = []
-    for index_B in _batches_of_rank(validation.num_rows, batch_size, mesh):
+    for index_B in batches_of_rank(validation.num_rows, batch_size, mesh):
         parts.append(sums_of_batch(validation.rows(np.maximum(index_B, 0)), index_B))
         if on_batch:
             on_batch(len(parts))
-    return _gather(parts, mesh)
+    return gather_parts(parts, mesh)
 
 
 def evaluate(module: Any, validation: Any, vocabulary: Any, config: Any, mesh: Any, device: torch.device,
@@ -110,7 +110,8 @@ def evaluate(module: Any, validation: Any, vocabulary: Any, config: Any, mesh: A
     return summarise(parts)
 
 
-def _gather(parts: list[RowSums], mesh: Any) -> list[RowSums]:
+def gather_parts(parts: list[Any], mesh: Any) -> list[Any]:
+    """The parts of all data-parallel ranks, on each of them. Collective over the data group."""
     if mesh.data_size == 1:
         return parts
     everyone: list[Any] = [None] * mesh.data_size

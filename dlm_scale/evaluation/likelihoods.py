@@ -55,9 +55,10 @@ class LikelihoodOptions:
 def likelihood_kind(inference: Any, options: LikelihoodOptions) -> str:
     """`nelbo`, `exact` (autoregressive), `vlb` (Gaussian), `duel` or `l2r`. Raises UsageError where the checkpoint has
     no such one."""
-    if inference.is_masked:
+    own = {"autoregressive": ("exact", "which is exact"), "gaussian": ("vlb", "a bound")}
+    if inference.kind not in own:
         return options.likelihood
-    found, words = {"autoregressive": ("exact", "which is exact"), "gaussian": ("vlb", "a bound")}[inference.kind]
+    found, words = own[inference.kind]
     if options.likelihood != "nelbo":
         raise UsageError(f"--likelihood={options.likelihood}: {inference.checkpoint.path} is {inference.kind} and has "
                          f"one likelihood, {words}: leave --likelihood out")

@@ -36,6 +36,8 @@ SHAPE = {  # every field of a model's shape, and what it is where a config.json 
     "head_bias": False,
     "logit_shift": False,
     "critic": False,
+    "labels": False,
+    "score": False,
 }
 
 

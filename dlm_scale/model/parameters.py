@@ -42,6 +42,8 @@ class ModelShape(Protocol):
     head_bias: bool
     logit_shift: bool
     critic: bool
+    labels: bool
+    score: bool
     gaussian: Any  # None, or what config_sections.GaussianConfig has
 
 
@@ -121,13 +123,14 @@ def parameter_table(config: ModelShape, vocabulary: Any) -> dict[str, ParameterS
     return {spec.name: spec for spec in specs}
 
 
-EXTRA_HEADS = ("head.critic.",)  # what a model may lack that another is started from
+EXTRA_HEADS = ("head.critic.", "head.labels.", "head.score.")  # what a model may lack that another is started from
 
 
 def _extra_head_specs(config: ModelShape) -> list[ParameterSpec]:
     """The heads beside the output table; no tensor-parallel rank holds a part of one."""
-    width = config.hidden_size
-    return [_matrix("head.critic.weight", (1, width), (1, width), None, config.init_std)] if config.critic else []
+    rows = {"critic": 1 * config.critic, "labels": 2 * config.labels, "score": 1 * config.score}
+    shapes = {name: (number, config.hidden_size) for name, number in rows.items() if number}
+    return [_matrix(f"head.{name}.weight", shape, shape, None, config.init_std) for name, shape in shapes.items()]
 
 
 def _latent_specs(config: ModelShape, vocabulary: Any) -> list[ParameterSpec]:

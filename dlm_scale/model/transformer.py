@@ -252,6 +252,21 @@ class HeadView:
         """Float32 [N]: logit of the probability that the id at each position is wrong. Needs `model.critic`."""
         return self._head.critic(self.hidden_ND)[:, 0].float()
 
+    def labels(self) -> torch.Tensor:
+        """Float32 [N, 2]: logits of the id at each position being as it was, and being replaced. Needs
+        `model.labels`."""
+        return self._head.labels(self.hidden_ND).float()
+
+    def score(self) -> torch.Tensor:
+        """Float32 [N]: each position's part of a text's score, which is their mean. Needs `model.score`."""
+        return self._head.score(self.hidden_ND)[:, 0].float()
+
+    def wrong_entropy(self, target_N: torch.Tensor) -> torch.Tensor:
+        """Float32 [N], detached: entropy of the ids other than `target_N`, as a share of its largest value."""
+        head = self._head
+        bias_V = head.local_bias(self.hidden_ND.device)
+        return ops.wrong_entropy(*self._operands(), target_N, bias_V, head.vocab_start, head.group, head.softcap)
+
     def logits(self) -> torch.Tensor:
         """Float32 [N, V]; suppressed ids at -inf."""
         head = self._head
@@ -277,6 +292,8 @@ class Head(nn.Module):
         num_rows = vocabulary.size if config.tied else vocabulary.num_outputs
         self.bias = nn.Parameter(torch.empty(num_rows)) if config.head_bias else None
         self.critic = Linear(config.hidden_size, 1) if config.critic else None
+        self.labels = Linear(config.hidden_size, 2) if config.labels else None
+        self.score = Linear(config.hidden_size, 1) if config.score else None
         self.group = layers.group
         self.num_outputs = vocabulary.num_outputs
         self.rows = table.weight.ds_shape[0] if hasattr(table.weight, "ds_shape") else table.weight.shape[0]

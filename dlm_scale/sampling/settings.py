@@ -12,7 +12,14 @@ from typing import Any
 
 from dlm_scale.errors import UsageError
 from dlm_scale.sampling.requests import LONGEST_IN_BLOCKS
-from dlm_scale.sampling.samplers import CACHES, GAUSSIAN_SAMPLERS, SAMPLERS
+from dlm_scale.sampling.samplers import (
+    AUTOREGRESSIVE_SAMPLERS,
+    CACHES,
+    GAUSSIAN_SAMPLERS,
+    LEFT_TO_RIGHT,
+    SAMPLERS,
+    resolve,
+)
 
 _ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\\": "\\"}
 RANGES = {
@@ -37,14 +44,16 @@ FLAG = {"type": boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
 def add_sampling_arguments(parser: argparse.ArgumentParser, num_samples: int) -> None:
     """The shared flags; each takes `--key=value` too. `num_samples` is the default of that flag."""
     add = parser.add_argument
-    add("--sampler", help=f"one of {', '.join(SAMPLERS)}; of Gaussian checkpoints {' or '.join(GAUSSIAN_SAMPLERS)} "
-        "(default: the checkpoint's)")  # fmt: skip
+    add("--sampler", help=f"one of {', '.join(SAMPLERS)}; {LEFT_TO_RIGHT} of autoregressive checkpoints, "
+        f"{' or '.join(GAUSSIAN_SAMPLERS)} of Gaussian ones (default: the checkpoint's)")  # fmt: skip
     add("--steps", "--diffusion_steps", type=int, default=0, help="most passes a sample; 0 = the checkpoint's default")
     add("--max_new_tokens", type=int, help="tokens after the prompt (default: 256, or what the context leaves)")
     add("--num_samples", "-n", type=int, default=num_samples, help="how many samples (default: %(default)s)")
     add("--seed", type=int, default=0, help="same seed, same text (default: %(default)s)")
     add("--temperature", type=float, default=1.0, help="below 1 sharpens; 0 = likeliest tokens (default: %(default)s)")
     add("--top_k", type=int, default=0, help="draw from the k likeliest tokens only; 0 = all (default: %(default)s)")
+    add("--allow_edits", default=False, **FLAG,
+        help="draw visible tokens anew now and then; needs a checkpoint with an edit stage")  # fmt: skip
     add("--top_p", type=float, default=1.0, help="draw from the smallest set of this probability (default: 1)")
     add("--sample", default=True, **FLAG, help="False takes the likeliest token everywhere")
     add("--stop_token", action="append", default=[], help="a token that ends the text; `eos` is the tokenizer's own")
@@ -69,8 +78,7 @@ def check_ranges(options: Mapping[str, Any], ranges: Mapping[str, tuple]) -> Non
 
 def check_sampling(options: Mapping[str, Any]) -> None:
     """Raises UsageError for an unknown sampler or a value outside its range."""
-    name = options["sampler"]
-    known = [*SAMPLERS, *GAUSSIAN_SAMPLERS]
+    name, known = options["sampler"], [*SAMPLERS, *AUTOREGRESSIVE_SAMPLERS, *GAUSSIAN_SAMPLERS]
     if name is not None and name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of: {', '.join(known)}"
@@ -83,10 +91,13 @@ def check_sampling(options: Mapping[str, Any]) -> None:
 
 
 def stream_settings(options: Mapping[str, Any], inference: Any) -> dict[str, Any]:
-    """The keyword settings of `stream` that do not depend on the canvas: all but num_steps. Raises UsageError for what
-    the checkpoint's kind of diffusion has not."""
+    """The keyword settings of `stream` that do not depend on the canvas: all but num_steps.
+
+    Raises UsageError for tokens that are none, and for what a checkpoint of this kind cannot do.
+    """
     _check_kind(options, inference)
-    own = {"eta": options["eta"]} if inference.is_gaussian else {}
+    own = {"eta": options["eta"]} if is_gaussian(inference) else (
+        edit_settings(options["sampler"] or inference.default_sampler, options["allow_edits"], inference))
     return own | {
         "sampler": options["sampler"] or inference.default_sampler,
         "seed": options["seed"],
@@ -105,24 +116,65 @@ def stream_settings(options: Mapping[str, Any], inference: Any) -> dict[str, Any
     }
 
 
+def edit_settings(sampler: str, allow_edits: bool, inference: Any) -> dict[str, Any]:
+    """The settings of `stream` that let it edit, none where nothing is to be edited.
+
+    Raises UsageError where the sampler cannot edit, or the checkpoint has not learnt to.
+    """
+    chosen = resolve(sampler)
+    if not allow_edits and not chosen.edits:
+        return {}
+    if chosen.reviser != "none":
+        raise UsageError(f"--allow_edits: sampler {sampler!r} masks tokens again, which edits would draw anew: choose "
+                         "another sampler, or leave edits out")
+    return {"allow_edits": True, "edit_ids": inference.edit_ids}
+
+
+def goes_left_to_right(inference: Any) -> bool:
+    """Whether the checkpoint is autoregressive."""
+    return inference.default_sampler in AUTOREGRESSIVE_SAMPLERS
+
+
+def is_gaussian(inference: Any) -> bool:
+    """Whether the checkpoint denoises token vectors."""
+    return inference.default_sampler in GAUSSIAN_SAMPLERS
+
+
 _OFF = {"top_k": 0, "top_p": 1.0, "block_size": None, "guidance": 0.0, "cache": "none", "confidence_bias": [],
-        "logit_bias": []}  # fmt: skip
+        "logit_bias": [], "allow_edits": False}  # fmt: skip
+
+
+def _check_gaussian(name: str, options: Mapping[str, Any]) -> None:
+    if name not in GAUSSIAN_SAMPLERS:
+        raise UsageError(f"--sampler {name} fills in tokens, and this checkpoint is gaussian: choose one of "
+                         f"{', '.join(GAUSSIAN_SAMPLERS)}, or take another checkpoint")
+    for flag, off in _OFF.items():
+        if options[flag] != off:
+            raise UsageError(f"--{flag} has no meaning for this checkpoint, which is gaussian: leave it out")
 
 
 def _check_kind(options: Mapping[str, Any], inference: Any) -> None:
-    name, path = options["sampler"], inference.checkpoint.path
-    if not inference.is_gaussian:
-        if name in GAUSSIAN_SAMPLERS or options["eta"] is not None:
-            raise UsageError(f"{'--eta' if name not in GAUSSIAN_SAMPLERS else f'--sampler {name}'} is of Gaussian "
-                             f"diffusion, and {path} is {inference.kind}: choose one of {', '.join(SAMPLERS)}, or take a "
-                             "checkpoint of objective.kind=gaussian")
+    name, is_autoregressive = options["sampler"] or inference.default_sampler, goes_left_to_right(inference)
+    if is_gaussian(inference):
+        return _check_gaussian(name, options)
+    if name in GAUSSIAN_SAMPLERS or options["eta"] is not None:
+        given = f"--sampler {name}" if name in GAUSSIAN_SAMPLERS else "--eta"
+        raise UsageError(f"{given} is of Gaussian diffusion, and this checkpoint is not: leave it out, or take a checkpoint "
+                         "of objective.kind=gaussian")
+    if is_autoregressive != (name in AUTOREGRESSIVE_SAMPLERS):
+        raise UsageError(f"--sampler {name}: " + (
+            "this checkpoint is autoregressive and can only fill from left to right; leave --sampler out"
+            if is_autoregressive else
+            f"only autoregressive checkpoints have it, and this one is not; choose one of: {', '.join(SAMPLERS)}"))
+    if not is_autoregressive:
         return
-    if name in SAMPLERS:
-        raise UsageError(f"--sampler {name} fills in masks, and {path} is gaussian: choose one of "
-                         f"{', '.join(GAUSSIAN_SAMPLERS)}, or take a masked checkpoint")
-    for flag, off in _OFF.items():
-        if options[flag] != off:
-            raise UsageError(f"--{flag} has no meaning for {path}, which is gaussian: leave it out")
+    neutral = {"steps": 0, "allow_edits": False, "guidance": 0, "cache": "none",
+               "block_size": None if options["block_size"] is None else 1}  # fmt: skip
+    for flag, value in neutral.items():
+        if options[flag] != value:
+            raise UsageError(f"--{flag} {options[flag]}: this checkpoint is autoregressive and fills from left to right, "
+                             "a pass for each token; leave it out"
+                             + (", or give 1 for text beyond the context" if flag == "block_size" else ""))
 
 
 def longest_canvas(options: Mapping[str, Any], inference: Any) -> int:
@@ -133,8 +185,8 @@ def longest_canvas(options: Mapping[str, Any], inference: Any) -> int:
 def num_steps(options: Mapping[str, Any], inference: Any, num_open: int) -> int:
     """Most passes of a canvas with `num_open` positions to fill: what was asked for, else the sampler's default."""
     name = options["sampler"] or inference.default_sampler
-    is_one_a_token = not inference.is_gaussian and (
-        SAMPLERS[name].one_token_a_step or options["block_size"] is not None)
+    is_one_a_token = not is_gaussian(inference) and (
+        resolve(name).one_token_a_step or options["block_size"] is not None)
     default = num_open if is_one_a_token else inference.default_num_steps
     return options["steps"] or max(1, default)
 

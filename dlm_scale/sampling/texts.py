@@ -8,10 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dlm_scale.errors import UsageError
-from dlm_scale.sampling.requests import Canvas, Sample, finished, infill_canvas, prompt_canvas
+from dlm_scale.sampling.requests import Canvas, Sample, finished, infill_canvas, prompt_canvas, require_prompt
 from dlm_scale.sampling.settings import (
     add_sampling_arguments,
     check_sampling,
+    goes_left_to_right,
+    is_gaussian,
     longest_canvas,
     num_steps,
     stream_settings,
@@ -26,7 +28,8 @@ def text_canvas(inference: Any, text: str, is_infill: bool, options: Mapping[str
         raise UsageError("this checkpoint was trained on synthetic tokens: it has no tokenizer, so no text to sample")
     longest = longest_canvas(options, inference)
     if is_infill:
-        return infill_canvas(text, inference.tokenizer, longest)
+        canvas = infill_canvas(text, inference.tokenizer, longest)
+        return require_prompt(canvas) if goes_left_to_right(inference) else canvas
     ids = inference.tokenizer.encode(text)
     return prompt_canvas(ids, options["max_new_tokens"], inference.vocabulary.mask_id, longest)
 
@@ -56,7 +59,7 @@ def stream_canvas(inference: Any, text: str, canvas: Canvas, indices: Sequence[i
 def states(inference: Any, x_BL: Any, is_fixed_BL: Any, *, predict: Any = None, **settings: Any) -> Iterator:
     """The States of sampling by the checkpoint's kind of diffusion. predict: in place of its own `predict`, or of its
     `denoise` where it is Gaussian."""
-    if inference.is_gaussian:
+    if is_gaussian(inference):
         from dlm_scale.sampling.gaussian import stream
 
         denoise, vectors = predict or inference.denoise, inference.token_vectors

@@ -177,7 +177,8 @@ def test_rows_without_maskable_positions_and_empty_batches():
 def test_to_moves_every_tensor():
     packed = Segments(torch.tensor([0, 4, 7, 14, 21], dtype=torch.int32))
     moved = noised(clean(3, 7), uniform_times(4), attention=packed).to("meta")
-    assert {getattr(moved, f.name).device.type for f in dataclasses.fields(moved)[:10]} == {"meta"}
+    values = [getattr(moved, field.name) for field in dataclasses.fields(moved)]
+    assert [value.device.type for value in values if hasattr(value, "device")] == ["meta"] * 10
     assert moved.denominator == 1.0 and moved.attention.cu_seqlens.device.type == "meta"
 
 

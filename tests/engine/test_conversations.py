@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from dlm_scale import cli
 from dlm_scale.data.loader import ValidationData, open_data
 from dlm_scale.data.prepare import prepare
 from dlm_scale.diffusion.likelihood import summarise
@@ -16,8 +17,9 @@ from dlm_scale.engine.step import make_batch
 from dlm_scale.errors import UsageError
 from dlm_scale.model.transformer import Transformer
 from dlm_scale.train import open_datasets
-from tests.engine.cases import case_config
+from tests.engine.cases import case_config, import_distributed
 from tests.engine.reliability import status, train
+from tests.forked import run_ranks
 
 SEQ_LEN = 96
 
@@ -65,7 +67,7 @@ def test_validation_is_the_nelbo_of_answers_given_their_past(chat):
         assert padded.tokens == cut.tokens == rows.maskable_BL.sum() and padded.nelbo == pytest.approx(cut.nelbo, rel=1e-5)
 
 
-def test_a_run_on_conversations_trains_evaluates_and_resumes(chat, config_file, tmp_path):
+def test_a_run_on_conversations_trains_evaluates_and_resumes(chat, config_file, tmp_path, capfd):
     keys = (f"data.train={chat}/train", f"data.validation={chat}/val", "data.packing=best_fit", f"model.seq_len={SEQ_LEN}")
     assert train(config_file, tmp_path / "whole", *keys) == [0]
     assert train(config_file, tmp_path / "parts", *keys, "train.stop_at_step=6") == [0]
@@ -73,6 +75,14 @@ def test_a_run_on_conversations_trains_evaluates_and_resumes(chat, config_file, 
     assert status(tmp_path / "whole")["weights_hash"] == status(tmp_path / "parts")["weights_hash"]
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert all(np.isfinite(line["val_nelbo"]) for line in lines if "val_nelbo" in line)
+    import_distributed()
+    command, reports = ["evaluate", str(tmp_path / "whole"), "--max_rows=4", "--num_draws=4", "--device=cpu"], []
+    for ranks in (1, 2):
+        capfd.readouterr()
+        assert run_ranks(ranks, cli.main, [*command, f"--tensor_parallel_size={ranks}"]) == [0] * ranks
+        reports.append(json.loads(capfd.readouterr().out.splitlines()[-1]))
+    assert reports[1]["nelbo"] == pytest.approx(reports[0]["nelbo"], rel=1e-6)
+    assert reports[1]["tokens"] == reports[0]["tokens"]
 
 
 def test_the_autoregressive_twin_refuses_conversations(chat):

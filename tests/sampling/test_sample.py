@@ -219,4 +219,4 @@ def test_help_and_the_list_of_samplers_import_nothing_heavy():
         "print(sorted({'torch', 'numpy', 'matplotlib'} & set(sys.modules)), len(SAMPLERS))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.split() == ["[]", "14"]
+    assert result.stdout.split() == ["[]", "16"]
