@@ -236,6 +236,7 @@ class DataConfig(Section):
     synthetic_vocab_size: Annotated[int, Field(ge=2, lt=2**31)] | None = None
     packing: Literal["none", "best_fit"] = "none"  # none: windows, cut across documents
     order: Literal["shuffled", "sharded"] = "shuffled"  # sharded: may still be in preparation
+    answer_padding: Literal["none", "random", "full"] = "random"  # end tokens after the answers of conversations
     random_length_share: Ratio = 0.0  # of the training rows, cut to a length uniform on 1..seq_len
     prompt_dropout: BelowOne = 0.0  # of the prompts are masked, for classifier-free guidance
     skip_samples: Annotated[

@@ -18,6 +18,25 @@ LANGUAGE_MODELS = ("masked", "autoregressive")  # the kinds of objective that ma
 
 
 @dataclass(frozen=True)
+class Conversations:
+    """What a chat template makes of conversations: ids of the past of an answer, which ends with `end_id`."""
+
+    template: str
+    end_id: int
+    _chat: Any
+
+    def asked(self, question: str) -> Any:
+        """int64 ids of a user's message, up to where the answer begins. Raises UsageError."""
+        return self._chat.prompt([("user", question)])
+
+    def next_answer(self, messages: list) -> Any:
+        """The same of a conversation, a list of {role, content}."""
+        from dlm_scale.data.chat import messages_of
+
+        return self._chat.prompt(messages_of(messages, lambda: "messages"), "messages")
+
+
+@dataclass(frozen=True)
 class Inference:
     """A model on one device with its tokenizer (None for a run on synthetic data)."""
 
@@ -153,12 +172,23 @@ class Inference:
     def generate(self, prompts: Sequence[str], *, num_samples: int = 1, is_infill: bool = False, **options) -> list:
         """`num_samples` Samples (text, ids, nfe) of each prompt, or with is_infill of each text with <mask> holes.
 
-        options: sampler, steps, max_new_tokens, seed, temperature, top_k, top_p, stop_token (a list), named and
-        meant as the flags of `dlm sample`, whose texts these are. Raises UsageError.
+        options: sampler, steps, max_new_tokens, seed, temperature, top_k, top_p, stop_token (a list), chat and so on,
+        named and meant as the flags of `dlm sample`, whose texts these are. Raises UsageError.
         """
         from dlm_scale.sampling.texts import generate_texts
 
         return generate_texts(self, prompts, num_samples, is_infill, options)
+
+    def chat(self, template: str) -> Conversations:
+        """Conversations by a template: `chatml`, or a Jinja file. Raises UsageError where this tokenizer cannot write it."""
+        from dlm_scale.data.chat import Chat, check_template, end_id_of, template_of
+
+        special_ids = {} if self.tokenizer is None else self.tokenizer.special_ids
+        if not special_ids:
+            raise UsageError(f"--chat: {self.checkpoint.path} has no special tokens, so it was not trained on conversations:"
+                             " sample it with plain prompts, or train it on what `dlm prepare --chat` makes")  # fmt: skip
+        text = check_template(template_of(template), special_ids)
+        return Conversations(text, end_id_of(text, special_ids), Chat(text, special_ids, self.tokenizer.encode))
 
     def stream(self, prompt: str, *, num_samples: int = 1, is_infill: bool = False, **options) -> Iterator:
         """The State of all samples of one prompt (sampling/engine.py) at the start and after every pass."""

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags; each takes `--key=value` too."""
     add = parser.add_argument
     add("checkpoint", metavar="CKPT", help="a run folder (its last good checkpoint) or a checkpoint folder")
-    add("--input", metavar="FILE", required=True, help="JSON Lines of requests: id, and prompt, text or tokens")
+    add("--input", metavar="FILE", required=True, help="JSON Lines of requests: id, and prompt, text, tokens or messages")
     add("--output", metavar="FILE", required=True, help="JSON Lines of results, or Parquet where it ends in .parquet")
     add("--batch_size", type=int, default=0, help="canvases at once, any gives the same text; 0 = what memory allows")
     add_sampling_arguments(parser, num_samples=1)
@@ -205,8 +205,9 @@ def _reader(args: argparse.Namespace, inference: Any):
     from dlm_scale.sampling.prompt_file import Reader
 
     longest = longest_canvas(vars(args), inference)
+    chat = None if args.chat is None else inference.chat(args.chat)
     return Reader(load_json, inference.tokenizer, inference.vocabulary, longest, args.max_new_tokens,
-                  inference.is_autoregressive)
+                  inference.is_autoregressive, chat)
 
 
 def _identity(args: argparse.Namespace, inference: Any, settings: dict, described: dict) -> dict[str, Any]:
@@ -222,7 +223,7 @@ def _identity(args: argparse.Namespace, inference: Any, settings: dict, describe
         "input": described,
         "checkpoint": {"manifest_xxh3_128": xxhash.xxh3_128_hexdigest(manifest), "step": inference.step,
                        "weights": inference.weights},
-        "settings": settings | own,
+        "settings": settings | own | {"chat": args.chat and inference.chat(args.chat).template},
         "numerics": {"device": inference.device.type, "torch": torch.__version__, "num_threads": args.num_threads,
                      "cpu": torch.backends.cpu.get_cpu_capability(), **vars(_pass_shape(inference)),
                      "tensor_parallel_size": args.tensor_parallel_size},

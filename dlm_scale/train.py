@@ -80,8 +80,9 @@ def open_datasets(config: Any) -> tuple[Any, Any]:
     from dlm_scale.data.loader import ValidationData, open_data, require_same_tokenizer
 
     source = f"synthetic:{config.data.synthetic_vocab_size}" if config.data.is_synthetic else config.data.train
-    data = open_data(source, config.model.seq_len, config.train.seed, config.data.packing, config.data.order)
-    if config.objective.kind != "masked" and getattr(data.tokenizer_meta, "is_chat", False):
+    how = {key: getattr(config.data, key) for key in ("packing", "order", "answer_padding")}
+    data = open_data(source, config.model.seq_len, config.train.seed, **how)
+    if config.objective.kind in ("autoregressive", "gaussian") and is_chat(data):
         raise UsageError(f"objective.kind={config.objective.kind}: data.train holds conversations, which only masked "
                          "diffusion takes so far; give text, or leave the objective out")
     if config.diffusion.edit_stage_start < 1:
@@ -106,6 +107,11 @@ def with_num_steps(config: Any, vocabulary: Any) -> Any:
     steps = math.ceil(ratio * count_parameters(config.model, vocabulary) / tokens_a_step)
     train = config.train.model_copy(update={"target_param_data_ratio": None, "num_steps": steps})
     return config.model_copy(update={"train": train})
+
+
+def is_chat(data: Any) -> bool:
+    """Whether the training data are conversations; synthetic ones are not."""
+    return getattr(data.tokenizer_meta, "is_chat", False)
 
 
 def check_resume_point(config: Any, data: Any) -> None:
@@ -228,7 +234,7 @@ def train(config: Any, data: Any, validation: Any) -> None:
     session = Session(config, runtime, data)
     try:
         judge = scorer and load_judge(scorer, data.vocabulary, runtime.device, config.train.precision)
-        trainer = build_trainer(config, runtime, data.vocabulary, judge)
+        trainer = build_trainer(config, runtime, data.vocabulary, judge, is_chat(data))
         state = restore(trainer, checkpoint) if checkpoint else start_fresh(trainer, origin)
         with naming_lost_ranks(runtime.env):
             session.run(trainer, data, validation, state, checkpoint)

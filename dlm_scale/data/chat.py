@@ -150,9 +150,15 @@ def check_template(template: str, special_ids: Mapping[str, int]) -> str:
     """The template, if it makes answers that end. Raises UsageError."""
     if OPEN in template or CLOSE in template:
         raise UsageError("the chat template holds private characters (U+E000, U+E001), which mark places here")
-    example = [("user", "question"), (ANSWERS, "answer")]
-    next(Chat(template, special_ids, lambda text: np.zeros(0, np.int64)).turns(example, "an example"))
+    end_id_of(template, special_ids)
     return template
+
+
+def end_id_of(template: str, special_ids: Mapping[str, int]) -> int:
+    """The special token that ends an answer of this template. Raises UsageError where none does."""
+    example = [("user", "question"), (ANSWERS, "answer")]
+    turn = next(Chat(template, special_ids, lambda text: np.zeros(0, np.int64)).turns(example, "an example"))
+    return int(turn.answer[-1])
 
 
 @lru_cache(maxsize=8)

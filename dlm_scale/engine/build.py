@@ -36,9 +36,14 @@ class Trainer:
     objective: Objective
 
 
-def build_trainer(config: Any, runtime: Runtime, vocabulary: Any, judge: Judge | None = None) -> Trainer:
-    """Build model, optimizer and engine; the weights are not set yet (`StateAccess.fill`). `judge` is what
-    `objective.judge` names (judge.py). Collective."""
+def build_trainer(
+    config: Any, runtime: Runtime, vocabulary: Any, judge: Judge | None = None, has_segments: bool = False
+) -> Trainer:
+    """Build model, optimizer and engine; the weights are not set yet (`StateAccess.fill`). Collective.
+
+    judge: what `objective.judge` names (judge.py). has_segments: the data's rows consist of segments, whatever the
+    config says: conversations do.
+    """
     accumulation = resolve_batch(config, runtime.mesh.data_size)
     stage, ds_config = zero_stage(config), deepspeed_dict(config, accumulation)
     deepspeed = import_deepspeed()
@@ -48,7 +53,7 @@ def build_trainer(config: Any, runtime: Runtime, vocabulary: Any, judge: Judge |
         model = Transformer(config.model, vocabulary, layers, config.train.activation_checkpoint_every)
     check_against_table(model, table, runtime.mesh)
     if config.train.compile:
-        _compile_blocks(model, stage, config.data.has_segments)
+        _compile_blocks(model, stage, has_segments or config.data.has_segments)
     if stage < 3:
         model = model.to(runtime.device)
     groups = parameter_groups(model.named_parameters(), table, config.optimizer)

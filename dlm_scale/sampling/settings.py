@@ -56,6 +56,8 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, num_samples: int) ->
         help="draw visible tokens anew now and then; needs a checkpoint with an edit stage")  # fmt: skip
     add("--top_p", type=float, default=1.0, help="draw from the smallest set of this probability (default: 1)")
     add("--sample", default=True, **FLAG, help="False takes the likeliest token everywhere")
+    add("--chat", nargs="?", const="chatml", metavar="TEMPLATE",
+        help="the prompt is a user's message, the text the answer: by chatml (default) or a Jinja file")  # fmt: skip
     add("--stop_token", action="append", default=[], help="a token that ends the text; `eos` is the tokenizer's own")
     add("--block_size", type=int, metavar="N", help="fill N positions after the other; text may exceed the context")
     add("--guidance", type=float, default=0.0, help="strengthen the prompt's say; two passes a step (default: 0, off)")
@@ -105,7 +107,7 @@ def stream_settings(options: Mapping[str, Any], inference: Any) -> dict[str, Any
         "temperature": options["temperature"] if options["sample"] else 0.0,
         "top_k": options["top_k"],
         "top_p": options["top_p"],
-        "stop_ids": [_token_id("stop_token", token, inference.tokenizer) for token in options["stop_token"]],
+        "stop_ids": _stop_ids(options, inference),
         "block_size": options["block_size"],
         "context": None if options["block_size"] is None else inference.seq_len,
         "guidance": options["guidance"],
@@ -175,6 +177,12 @@ def _check_kind(options: Mapping[str, Any], inference: Any) -> None:
             raise UsageError(f"--{flag} {options[flag]}: this checkpoint is autoregressive and fills from left to right, "
                              "a pass for each token; leave it out"
                              + (", or give 1 for text beyond the context" if flag == "block_size" else ""))
+
+
+def _stop_ids(options: Mapping[str, Any], inference: Any) -> list[int]:
+    """Those asked for, and where there is a chat template the token with which it ends an answer."""
+    asked = [_token_id("stop_token", token, inference.tokenizer) for token in options["stop_token"]]
+    return asked if options["chat"] is None else [*asked, inference.chat(options["chat"]).end_id]
 
 
 def longest_canvas(options: Mapping[str, Any], inference: Any) -> int:

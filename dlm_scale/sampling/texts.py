@@ -8,7 +8,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dlm_scale.errors import UsageError
-from dlm_scale.sampling.requests import Canvas, Sample, finished, infill_canvas, prompt_canvas, require_prompt
+from dlm_scale.sampling.requests import (
+    Canvas,
+    Sample,
+    chat_canvas,
+    finished,
+    infill_canvas,
+    prompt_canvas,
+    require_prompt,
+)
 from dlm_scale.sampling.settings import (
     add_sampling_arguments,
     check_sampling,
@@ -23,15 +31,18 @@ BATCH_SIZE = 16
 
 
 def text_canvas(inference: Any, text: str, is_infill: bool, options: Mapping[str, Any]) -> Canvas:
-    """The canvas of a prompt or of an infill text, as long as the options allow. Raises UsageError."""
+    """The canvas of a prompt (with a chat template: of a question) or of an infill text, as long as the options allow.
+    Raises UsageError."""
     if inference.tokenizer is None:
         raise UsageError("this checkpoint was trained on synthetic tokens: it has no tokenizer, so no text to sample")
     longest = longest_canvas(options, inference)
     if is_infill:
         canvas = infill_canvas(text, inference.tokenizer, longest)
         return require_prompt(canvas) if goes_left_to_right(inference) else canvas
-    ids = inference.tokenizer.encode(text)
-    return prompt_canvas(ids, options["max_new_tokens"], inference.vocabulary.mask_id, longest)
+    size = options["max_new_tokens"], inference.vocabulary.mask_id, longest
+    if options["chat"] is not None:
+        return chat_canvas(inference.chat(options["chat"]).asked(text), *size)
+    return prompt_canvas(inference.tokenizer.encode(text), *size)
 
 
 def text_settings(inference: Any, canvas: Canvas, options: Mapping[str, Any]) -> dict[str, Any]:
