@@ -31,6 +31,7 @@ def cross_problems(config: Config) -> Iterator[Problem]:
     yield from _gaussian_problems(config)
     yield from _label_problems(config)
     yield from _modifier_problems(config)
+    yield from _head_problems(config)
     if config.model.init_from and config.train.branch_from:
         yield "model.init_from", "starts from weights alone, train.branch_from from the full state: give one of them"
     if config.diffusion.attention_anneal_steps and (config.data.has_segments or config.train.compile):
@@ -65,6 +66,29 @@ def _curriculum_problems(diffusion: DiffusionConfig) -> Iterator[Problem]:
         )
 
 
+def _head_problems(config: Config) -> Iterator[Problem]:
+    """Losses of heads that are not there, and schedules that never begin."""
+    objective = config.objective
+    heads = (("critic_alpha", "model.critic", config.model.critic),
+             ("sampler_alpha", "model.sampler_head", config.model.sampler_head))  # fmt: skip
+    for key, head, is_there in heads:
+        value = getattr(objective, key)
+        if value and not is_there:
+            yield f"objective.{key}", f"= {value} trains a head that the model has not: set {head}=true"
+        if value and objective.kind != "masked":
+            yield f"objective.{key}", f"= {value} has no meaning under objective.kind = {objective.kind}: set 0"
+        if value and config.diffusion.edit_stage_start < 1:
+            yield (f"objective.{key}", f"= {value}: the head learns from masked positions alone, and the edit stage "
+                   f"(diffusion.edit_stage_start = {config.diffusion.edit_stage_start:g}) moves tokens: leave one out")
+    if objective.critic_end and objective.critic_end < objective.critic_start:
+        yield "objective.critic_end", f"= {objective.critic_end} is before critic_start = {objective.critic_start}"
+    if objective.critic_weighting and not objective.critic_alpha:
+        yield "objective.critic_weighting", "= true needs a critic that learns: set objective.critic_alpha"
+    if objective.critic_weighting and objective.mask_ratio_power:
+        yield ("objective.mask_ratio_power", f"= {objective.mask_ratio_power} replaces the weights that "
+               "objective.critic_weighting multiplies: leave one out")
+
+
 def _autoregressive_problems(config: Config) -> Iterator[Problem]:
     """The twin has no time, no masks and no weights."""
     why, twin = "has no meaning under objective.kind = autoregressive", DiffusionConfig()
@@ -93,6 +117,7 @@ def _gaussian_problems(config: Config) -> Iterator[Problem]:
         ("tied", False, "token vectors and output table are two"),
         ("logit_shift", False, "a vector is predicted where it stands"),
         ("critic", False, "there are no filled texts to judge"),
+        ("sampler_head", False, "no token is drawn before another"),
         ("head_bias", False, "the output is a table or a linear head"),
     ):
         if getattr(config.model, key) != value:
@@ -131,9 +156,10 @@ def _label_problems(config: Config) -> Iterator[Problem]:
     why, plain = f"has no meaning under objective.kind = {kind}", DiffusionConfig()
     if model.time_conditioning != "none":
         yield "model.time_conditioning", f"= {model.time_conditioning} would tell the network how many are replaced: set none"
-    if model.critic:
-        yield "model.critic", f"= true is a head that nothing of objective.kind = {kind} trains: set false"
-    for key in ("weighting", "attention_anneal_steps", "z_loss"):
+    for head in ("critic", "sampler_head"):
+        if getattr(model, head):
+            yield f"model.{head}", f"= true is a head that nothing of objective.kind = {kind} trains: set false"
+    for key in ("weighting", "attention_anneal_steps", "z_loss", "edit_stage_start"):
         value = getattr(config.diffusion, key)
         if value != getattr(plain, key):
             yield f"diffusion.{key}", f"= {value} {why}, which fills no masks: leave it out"
@@ -151,12 +177,15 @@ def _modifier_problems(config: Config) -> Iterator[Problem]:
             f"= {options.mask_ratio_power} takes the place of diffusion.weighting = {diffusion.weighting}: set "
             "diffusion.weighting=simple (the NELBO is reported all the same)",
         )
-    if options.entropy_threshold and diffusion.z_loss:
-        yield (
-            "objective.entropy_threshold",
-            f"= {options.entropy_threshold} needs diffusion.z_loss = 0, not {diffusion.z_loss}: the whole gradient is divided "
-            "by the mean weight of the global batch, and the z-loss would be with it",
-        )
+    added = {"diffusion.z_loss": diffusion.z_loss, "objective.critic_alpha": options.critic_alpha,
+             "objective.sampler_alpha": options.sampler_alpha}  # fmt: skip
+    for key, value in added.items():
+        if options.entropy_threshold and value:
+            yield (
+                "objective.entropy_threshold",
+                f"= {options.entropy_threshold} needs {key} = 0, not {value}: the whole gradient is divided by the mean "
+                "weight of the global batch, and that part would be with it",
+            )
     if options.judge_exponent != plain.judge_exponent and options.judge is None:
         yield "objective.judge_exponent", f"= {options.judge_exponent} needs a judge: set objective.judge"
 

@@ -108,6 +108,7 @@ class ModelConfig(Section):
     critic: bool = False  # a head that says which ids of a filled text are wrong
     labels: bool = False  # a head of objective.kind = token_classification
     score: bool = False  # a head of objective.kind = sequence_scoring
+    sampler_head: bool = False  # a head that predicts an id from those beside it too
     init_from: Text | None = None  # start from the weights of this checkpoint
     _gaussian: GaussianConfig | None = PrivateAttr(None)
 
@@ -142,6 +143,15 @@ class ObjectiveConfig(Section):
     entropy_threshold: Ratio = 0.0  # a row weighs 1 / (entropy of the wrong ids, at least this); 0 = off
     judge: Text | None = None  # a checkpoint of kind sequence_scoring, whose doubt weighs a row
     judge_exponent: PositiveFloat = 1.0
+    critic_alpha: NonNegativeFloat = 0.0  # weight of the critic's loss; 0 = off
+    critic_start: NonNegative = 0  # step: the weight rises from 0 there ...
+    critic_end: NonNegative = 0  # ... to critic_alpha here (default: at once)
+    critic_every: Positive = 1  # in every n-th step
+    critic_detach: bool = False  # the trunk learns nothing from it
+    critic_scope: Literal["masked_only", "masked_and_visible"] = "masked_only"
+    critic_weighting: bool = False  # masked tokens weigh as much as the critic doubts them
+    sampler_alpha: NonNegativeFloat = 0.0  # weight of the sampler head's loss; 0 = off
+    sampler_start: NonNegative = 0  # the first step that has it
 
 
 def _default_loss(values: dict[str, Any]) -> str:

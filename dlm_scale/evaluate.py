@@ -199,8 +199,9 @@ def evaluate_sweep(args: argparse.Namespace, runtime: Any) -> dict[str, Any]:
 
 
 def check_samplers(names: list[str], inference: Any) -> None:
-    """UsageError for a sampler that does not exist."""
+    """UsageError for a sampler that does not exist, or needs a head that the checkpoint has not."""
     from dlm_scale.sampling.samplers import SAMPLERS, SAMPLERS_OF
+    from dlm_scale.sampling.settings import check_head
 
     known = list(SAMPLERS_OF.get(inference.kind, SAMPLERS))
     for name in names:
@@ -208,6 +209,8 @@ def check_samplers(names: list[str], inference: Any) -> None:
             near = difflib.get_close_matches(name, known, n=1)
             raise UsageError(f"sampler {name!r} is none for this checkpoint"
                              + (f"; did you mean {near[0]!r}?" if near else f"; choose of: {', '.join(known)}"))
+        if name in SAMPLERS:
+            check_head(name, inference)
 
 
 def _load_with_judge(args: argparse.Namespace, runtime: Any) -> tuple[Any, Any]:

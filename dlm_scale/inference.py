@@ -14,7 +14,7 @@ from dlm_scale.parallel.mesh import Mesh
 from dlm_scale.sampling.samplers import LEFT_TO_RIGHT
 
 
-LANGUAGE_MODELS = ("masked", "autoregressive")  # the kinds of objective that make one
+LANGUAGE_MODELS = ("masked", "autoregressive", "gaussian")  # the kinds of objective that make one
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,10 @@ class Inference:
         names |= {"gap": GAP_TOKEN} if diffusion.deletion_corruption else {}
         return {name: self.tokenizer.special_ids[token] for name, token in names.items()}
 
-    def predict(self, x_BL, rows_N, attention=None, cache=None):
-        """Log-probabilities [N, V] float32 of the clean ids at flat positions (docs/design.md, signature 3).
+    @property
+    def predict(self) -> Any:
+        """predict(x_BL, rows_N, attention=None, cache=None) -> log-probabilities [N, V] float32 of the clean ids at flat
+        positions (docs/design.md, signature 3), with `critique` and `local` (sampling/predict.py).
 
         Raises UsageError where an autoregressive checkpoint is asked for a position behind a mask, and for a Gaussian
         one, which reads vectors.
@@ -104,6 +106,11 @@ class Inference:
         if self.is_gaussian:
             raise UsageError(f"{self.checkpoint.path} is gaussian: it reads token vectors and knows no masks; sample it "
                              "with --sampler ddim or ddpm, or take a masked checkpoint")
+        from dlm_scale.sampling.predict import Predict
+
+        return Predict(self._read, self.model.head)
+
+    def _read(self, x_BL, rows_N, readout, attention=None, cache=None):
         import torch
 
         from dlm_scale.ops import segment_means
@@ -117,9 +124,7 @@ class Inference:
             self._check_left_context(rows_N, is_masked_BL, attention)
             x_BL, attention = self.network_input(x_BL)
         with torch.no_grad():
-            return self.model(
-                x_BL, m_B=m_B, rows_N=rows_N, readout=lambda head: head.log_probs(), attention=attention, cache=cache
-            )
+            return self.model(x_BL, m_B=m_B, rows_N=rows_N, readout=readout, attention=attention, cache=cache)
 
     def denoise(self, z_BLE, step: int, guess_BLE, temperature: float = 1.0):
         """(x0 float32 [B, L, E], ids [B, L]) of a Gaussian checkpoint: its prediction of the clean vectors from those

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from dlm_scale.diffusion.corruption import KIND_MASKED, Corrupted
-from dlm_scale.diffusion.fill import one_shot_fill
+from dlm_scale.diffusion.fill import draw, filled
 
 ENTROPY_WEIGHT = "entropy_weight"  # the statistic by whose mean the weights are still to be divided
 LEAST, MOST = 0.1, 10.0
@@ -61,19 +61,11 @@ def modified_weights(
         factor_S = entropy_factors(entropy_S, modifiers.entropy_threshold)
         weight_N, means[ENTROPY_WEIGHT] = weight_N * factor_S[segment_N], _mean(factor_S, num_masked_S)
     if judge is not None:
-        wrong_S = judge(filled(head, corrupted), corrupted.attention).double()
+        wrong_S = judge(filled(corrupted, draw(head, corrupted)), corrupted.attention).double()
         factor_S = judge_factors(wrong_S, ratio_S, modifiers.judge_exponent)
         weight_N, means["judge_factor"] = weight_N * factor_S[segment_N], _mean(factor_S, num_masked_S)
         means["judge_wrongness"] = _mean(wrong_S, num_masked_S)
     return weight_N.float(), means
-
-
-def filled(head: Any, corrupted: Corrupted) -> torch.Tensor:
-    """int64 [B, L]: the noised ids, each masked one an id of `head`'s law there. Call in a readout."""
-    rows_N = corrupted.rows_N
-    ids_N = one_shot_fill(head, corrupted.uniform_BL.flatten()[rows_N])
-    ids_N = torch.where(corrupted.kind_N == KIND_MASKED, ids_N, corrupted.xt_BL.flatten()[rows_N])
-    return corrupted.xt_BL.flatten().index_copy(0, rows_N, ids_N).view_as(corrupted.xt_BL)
 
 
 def segment_sums(values_N: torch.Tensor, corrupted: Corrupted) -> torch.Tensor:

@@ -103,7 +103,7 @@ def micro_batch(trainer: Trainer, data, sample_B: np.ndarray, t_B: np.ndarray, s
     corrupted = corrupt(rows.ids_BL, sample_B, t_S, weighting=WEIGHTINGS[config.diffusion.weighting],
                         mask_tokens=ops.masks_on(trainer.runtime.device), **options)
     corrupted = edited(trainer, getattr(data, "edits", None), corrupted, rows, sample_B, step)
-    return with_draws(config, corrupted, sample_B)
+    return with_draws(config, corrupted, rows.maskable_BL, sample_B)
 
 
 def text_ids(meta: Any) -> np.ndarray:

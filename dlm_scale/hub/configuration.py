@@ -38,6 +38,7 @@ SHAPE = {  # every field of a model's shape, and what it is where a config.json 
     "critic": False,
     "labels": False,
     "score": False,
+    "sampler_head": False,
 }
 
 

@@ -6,6 +6,7 @@ they are (`free`). Shapes as in transformer.py; E also counts their dimensions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -58,8 +59,8 @@ class LatentInput(nn.Module):
 class LatentView(HeadView):
     """What a readout may ask beside what any head offers (diffusion/gaussian_objective.py). clean_NE: E[id]."""
 
-    def __init__(self, head: LatentHead, hidden_ND: torch.Tensor, clean_NE: torch.Tensor):
-        super().__init__(head, hidden_ND)
+    def __init__(self, head: LatentHead, hidden_ND: torch.Tensor, embed: Callable, clean_NE: torch.Tensor):
+        super().__init__(head, hidden_ND, embed)
         self.clean_NE = clean_NE
 
     def mean(self, temperature: float = 1.0) -> torch.Tensor:
@@ -129,5 +130,5 @@ class LatentHead(Head):
         """Float32 [V, E]: this rank's token vectors."""
         return vectors_of(self.token_rows, self.kind)
 
-    def forward(self, hidden_ND: torch.Tensor, readout: Any, clean_NE: torch.Tensor) -> Any:
-        return readout(LatentView(self, hidden_ND, clean_NE))
+    def forward(self, hidden_ND: torch.Tensor, readout: Callable, embed: Callable, clean_NE: torch.Tensor) -> Any:
+        return readout(LatentView(self, hidden_ND, embed, clean_NE))

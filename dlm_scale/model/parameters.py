@@ -44,6 +44,7 @@ class ModelShape(Protocol):
     critic: bool
     labels: bool
     score: bool
+    sampler_head: bool
     gaussian: Any  # None, or what config_sections.GaussianConfig has
 
 
@@ -123,14 +124,24 @@ def parameter_table(config: ModelShape, vocabulary: Any) -> dict[str, ParameterS
     return {spec.name: spec for spec in specs}
 
 
-EXTRA_HEADS = ("head.critic.", "head.labels.", "head.score.")  # what a model may lack that another is started from
+# What a model may lack that another is started from.
+EXTRA_HEADS = ("head.critic.", "head.sampler.", "head.labels.", "head.score.")
 
 
 def _extra_head_specs(config: ModelShape) -> list[ParameterSpec]:
-    """The heads beside the output table; no tensor-parallel rank holds a part of one."""
-    rows = {"critic": 1 * config.critic, "labels": 2 * config.labels, "score": 1 * config.score}
-    shapes = {name: (number, config.hidden_size) for name, number in rows.items() if number}
-    return [_matrix(f"head.{name}.weight", shape, shape, None, config.init_std) for name, shape in shapes.items()]
+    """The heads beside the output table; no tensor-parallel rank holds a part of one.
+
+    The sampler head's second matrix starts at zero: what it adds to the hidden states is nothing at first.
+    """
+    width, std, specs = config.hidden_size, config.init_std, []
+    for name, rows in (("critic", 1), ("labels", 2), ("score", 1)):
+        if getattr(config, name):
+            specs.append(_matrix(f"head.{name}.weight", (rows, width), (rows, width), None, std))
+    if config.sampler_head:
+        specs.append(_matrix("head.sampler.first.weight", (width, 3 * width), (width, 3 * width), None, std))
+        specs.append(_vector("head.sampler.norm.gain", width, 1.0))
+        specs.append(_matrix("head.sampler.second.weight", (width, width), (width, width), None, 0.0))
+    return specs
 
 
 def _latent_specs(config: ModelShape, vocabulary: Any) -> list[ParameterSpec]:

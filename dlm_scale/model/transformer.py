@@ -222,16 +222,39 @@ class HeadTransform(nn.Module):
         return self.norm(F.gelu(self.dense(hidden_ND)))
 
 
-class HeadView:
-    """What a readout may ask of the output head, while its weight is there. See docs/design.md, signature 2."""
+class SamplerHead(nn.Module):
+    """Hidden states that know the ids beside them: h + second(norm(silu(first [left, h, right]))).
 
-    def __init__(self, head: Head, hidden_ND: torch.Tensor):
+    left and right are embeddings, normalised (a table's rows are small beside h), or zero where the id is unknown:
+    no embedding is zero then, so that takes no parameter. `second` starts at zero, where the law is the trunk's own.
+    """
+
+    def __init__(self, config: ModelShape):
+        super().__init__()
+        self.first = Linear(3 * config.hidden_size, config.hidden_size)
+        self.norm = LayerNorm(config.hidden_size, config.norm_eps, has_bias=False)
+        self.second = Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, left_ND: torch.Tensor, hidden_ND: torch.Tensor, right_ND: torch.Tensor) -> torch.Tensor:
+        inputs = torch.cat([left_ND.to(hidden_ND.dtype), hidden_ND, right_ND.to(hidden_ND.dtype)], dim=-1)
+        return hidden_ND + self.second(self.norm(F.silu(self.first(inputs))))
+
+
+class HeadView:
+    """What a readout may ask of the output head, while its weight is there. See docs/design.md, signature 2.
+
+    `embed(ids_N)` gives rows [N, D] of the input table; `is_frozen`: nothing read here has gradients for the table.
+    """
+
+    def __init__(self, head: Head, hidden_ND: torch.Tensor, embed: Callable, is_frozen: bool = False):
         self.hidden_ND = hidden_ND
-        self._head = head
+        self._head, self._embed, self._is_frozen = head, embed, is_frozen
 
     def _operands(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states and table; a learned bias is one more column of the table, and meets a 1."""
         hidden_ND, weight_VD, bias_V = self.hidden_ND, self._head.weight, self._head.bias
+        if self._is_frozen:
+            weight_VD, bias_V = weight_VD.detach(), None if bias_V is None else bias_V.detach()
         if bias_V is None:
             return hidden_ND, weight_VD
         column_V1 = F.pad(bias_V, (0, weight_VD.shape[0] - bias_V.shape[0])).to(weight_VD.dtype)[:, None]
@@ -267,6 +290,19 @@ class HeadView:
         bias_V = head.local_bias(self.hidden_ND.device)
         return ops.wrong_entropy(*self._operands(), target_N, bias_V, head.vocab_start, head.group, head.softcap)
 
+    def local(self, left_N: torch.Tensor, right_N: torch.Tensor) -> HeadView:
+        """The head for hidden states that know the ids beside them, -1 where unknown. Needs `model.sampler_head`.
+
+        Only the sampler head has gradients: hidden states, embeddings and the output table are taken as they are.
+        """
+        left_ND, right_ND = (self._neighbours(ids_N) for ids_N in (left_N, right_N))
+        return HeadView(self._head, self._head.sampler(left_ND, self.hidden_ND.detach(), right_ND), self._embed, True)
+
+    @torch.no_grad()
+    def _neighbours(self, ids_N: torch.Tensor) -> torch.Tensor:
+        rows_ND = self._embed(ids_N.clamp(min=0)).float()
+        return F.layer_norm(rows_ND, rows_ND.shape[-1:], eps=1e-12) * (ids_N >= 0)[:, None]
+
     def logits(self) -> torch.Tensor:
         """Float32 [N, V]; suppressed ids at -inf."""
         head = self._head
@@ -279,7 +315,7 @@ class HeadView:
 
     def over(self, hidden_ND: torch.Tensor) -> HeadView:
         """The same head over other final hidden states (only where its weight stays: not under ZeRO-3)."""
-        return HeadView(self._head, hidden_ND)
+        return HeadView(self._head, hidden_ND, self._embed, self._is_frozen)
 
 
 class Head(nn.Module):
@@ -294,6 +330,7 @@ class Head(nn.Module):
         self.critic = Linear(config.hidden_size, 1) if config.critic else None
         self.labels = Linear(config.hidden_size, 2) if config.labels else None
         self.score = Linear(config.hidden_size, 1) if config.score else None
+        self.sampler = SamplerHead(config) if config.sampler_head else None
         self.group = layers.group
         self.num_outputs = vocabulary.num_outputs
         self.rows = table.weight.ds_shape[0] if hasattr(table.weight, "ds_shape") else table.weight.shape[0]
@@ -306,8 +343,8 @@ class Head(nn.Module):
         forbidden = torch.isin(ids, torch.tensor(self.suppressed_ids, device=device)) | (ids >= self.num_outputs)
         return torch.zeros(self.rows, device=device).masked_fill_(forbidden, -torch.inf)
 
-    def forward(self, hidden_ND: torch.Tensor, readout: Callable[[HeadView], Any]) -> Any:
-        return readout(HeadView(self, hidden_ND))
+    def forward(self, hidden_ND: torch.Tensor, readout: Callable[[HeadView], Any], embed: Callable) -> Any:
+        return readout(HeadView(self, hidden_ND, embed))
 
 
 def _latent() -> Any:
@@ -349,6 +386,7 @@ class Transformer(nn.Module):
             table = self.embedding if config.tied else layers.embedding(vocabulary.num_outputs, config.hidden_size)
             self.head = Head(table, vocabulary, layers, config)
         self.select_rows, self.own_positions = layers.select_rows, layers.own_positions
+        self.num_parts = layers.size
 
     def forward(
         self,
@@ -392,7 +430,14 @@ class Transformer(nn.Module):
             rows_N = rows_N - (positions.expand(xt_BL.shape).flatten()[rows_N] > 0).long()
         selected_ND = self.final_norm(self.select_rows(hidden_BLD, rows_N))
         clean = () if clean_BLE is None else (self.select_rows(clean_BLE, rows_N),)
-        return self.head(self.head_transform(selected_ND), readout, *clean)
+        return self.head(self.head_transform(selected_ND), readout, self._embeddings, *clean)
+
+    def _embeddings(self, ids_N: torch.Tensor) -> torch.Tensor:
+        """Rows [N, D] of the input table, whole on every rank: looked up as one text, which sequence parallelism cuts
+        into equal parts."""
+        padding = -len(ids_N) % self.num_parts if len(ids_N) else self.num_parts
+        rows_1ND = self.embedding(F.pad(ids_N, (0, padding))[None])
+        return self.select_rows(rows_1ND, torch.arange(len(ids_N), device=ids_N.device))
 
     def _place(self, hidden_BLD: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, tuple]:
         """What the first block reads [B,L,D], and the rotary tables of global and of local attention."""

@@ -24,6 +24,7 @@ from dlm_scale.sampling.samplers import Sampler, resolve
 from dlm_scale.sampling.schedules import REVISERS, SCHEDULES, timetable, waiting_step
 from dlm_scale.sampling.selectors import SELECTORS, Candidates, Selector
 from dlm_scale.sampling.tokens import TOKEN_SAMPLERS, sample_tokens
+from dlm_scale.sampling.waves import fill_in_waves
 
 _NEVER = torch.iinfo(torch.long).max
 
@@ -92,6 +93,10 @@ class _Run:
     def acts_at_every_step(self) -> bool:
         """Whether something may happen to visible tokens at any step, up to the last."""
         return self.looks_at_state_to_revise or self.sampler.edits
+
+    @property
+    def asks_critic(self) -> bool:
+        return REVISERS[self.sampler.reviser].asks_critic
 
     def table(self, num_steps: int):
         return timetable(self.sampler, num_steps, self.block_L.device)
@@ -266,12 +271,14 @@ def _advance(run: _Run, state: State, batch_row_B: Tensor) -> State:
     edited_BL = perhaps_edited(run, state, batch_row_B) if run.sampler.edits else torch.zeros_like(candidate_BL)
     is_seen = bool(candidate_BL.any()) or bool(edited_BL.any())
     after = _reveal(run, state, batch_row_B, candidate_BL, edited_BL) if is_seen else state
+    if run.asks_critic:
+        return _mask_doubted(run, after, state.is_masked_BL)
     return _mask_again(run, after, batch_row_B, undone_BL) if bool(undone_BL.any()) else after
 
 
 def _next_step(run: _Run, state: State) -> Tensor:
     """The next step in which something of the row can change; steps without an event cost nothing."""
-    if run.selector.extent is not None or run.acts_at_every_step:
+    if (run.selector.extent is not None and not run.asks_critic) or run.acts_at_every_step:
         return state.step_B + 1
     due_B, undo_B = (_later(steps_BL, state.step_B[:, None]) for steps_BL in (state.due_BL, state.undo_BL))
     return torch.minimum(due_B, undo_B)
@@ -301,12 +308,17 @@ def _reveal(run: _Run, state: State, batch_row_B: Tensor, candidate_BL: Tensor, 
     look_at = state.x_BL, state.is_fixed_BL, seen_BL, batch_row_B, state.block_B
     if len(live_A) < len(is_live_B):
         look_at = tuple(whole[live_A] for whole in look_at)
-    log_probs_NV = run.look(*look_at)
-    if run.sampler.edits:
-        is_edited_N, visible_NV = edited_BL[seen_BL], log_probs_NV
-        visible_NV, log_probs_NV = visible_NV[is_edited_N], visible_NV[~is_edited_N]
-        log_probs_NV = biased(log_probs_NV, dict.fromkeys(run.edit_ids.values(), -torch.inf))
-    place_M, ids_M, log_probs_MV = _choose(run, state, batch_row_B, candidate_BL, log_probs_NV)
+    if run.sampler.needs == "local":
+        x_AL, _, candidate_AL, _, block_A = look_at
+        log_probs_NV, again = run.look.local(x_AL, candidate_AL, block_A)
+        place_M, ids_M, log_probs_MV = _choose_in_waves(run, state, batch_row_B, candidate_BL, log_probs_NV, again)
+    else:
+        log_probs_NV = run.look(*look_at)
+        if run.sampler.edits:
+            is_edited_N, visible_NV = edited_BL[seen_BL], log_probs_NV
+            visible_NV, log_probs_NV = visible_NV[is_edited_N], visible_NV[~is_edited_N]
+            log_probs_NV = biased(log_probs_NV, dict.fromkeys(run.edit_ids.values(), -torch.inf))
+        place_M, ids_M, log_probs_MV = _choose(run, state, batch_row_B, candidate_BL, log_probs_NV)
     chosen_BL = torch.zeros_like(candidate_BL).index_put(place_M, torch.ones_like(ids_M, dtype=torch.bool))
     after = replace(
         state,
@@ -331,13 +343,35 @@ def _choose(run, state, batch_row_B, candidate_BL, log_probs_NV) -> tuple[tuple[
     if run.selector.reads_tokens:
         token_uniform_N, other_uniform_N = _uniforms(run, state, batch_row_B, place_N)
         ids_N = run.draw(log_probs_NV, token_uniform_N)
-    remaining_B = 1 - (state.step_B - state.first_step_B).double() / state.num_steps_B
-    candidates = Candidates(log_probs_NV, ids_N, other_uniform_N, remaining_B[place_N[0]])
-    chosen_M = _best(run, state, candidate_BL, _scores(run, candidates)).nonzero()[:, 0]
+    chosen_M = _ranked(run, state, candidate_BL, log_probs_NV, ids_N, other_uniform_N)
     place_M, log_probs_MV = tuple(index[chosen_M] for index in place_N), log_probs_NV[chosen_M]
     if ids_N is not None:
         return place_M, ids_N[chosen_M], log_probs_MV
     return place_M, run.draw(log_probs_MV, _uniforms(run, state, batch_row_B, place_M)[0]), log_probs_MV
+
+
+def _choose_in_waves(
+    run, state, batch_row_B, candidate_BL, log_probs_NV, again
+) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
+    """The same with ids that are drawn in waves: `again` gives log-probabilities of candidates given ids beside them."""
+    place_N = candidate_BL.nonzero(as_tuple=True)
+    chosen_M = torch.arange(len(log_probs_NV), device=log_probs_NV.device)
+    if run.selector.score is not None:
+        chosen_M = _ranked(run, state, candidate_BL, log_probs_NV, None, None)
+    place_M = tuple(index[chosen_M] for index in place_N)
+    uniform_M, _ = _uniforms(run, state, batch_row_B, place_M)
+    ids_M = fill_in_waves(
+        lambda which_K, *beside: again(chosen_M[which_K], *beside), run.draw, state.x_BL, state.x_BL == run.mask_id,
+        place_M, uniform_M,
+    )  # fmt: skip
+    return place_M, ids_M, log_probs_NV[chosen_M]
+
+
+def _ranked(run, state, candidate_BL, log_probs_NV, ids_N, uniform_N) -> Tensor:
+    """Numbers [M] of the candidates that a selector by score reveals."""
+    remaining_B = 1 - (state.step_B - state.first_step_B).double() / state.num_steps_B
+    candidates = Candidates(log_probs_NV, ids_N, uniform_N, remaining_B[candidate_BL.nonzero(as_tuple=True)[0]])
+    return _best(run, state, candidate_BL, _scores(run, candidates)).nonzero()[:, 0]
 
 
 def _uniforms(run: _Run, state: State, batch_row_B: Tensor, place_N: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -389,6 +423,31 @@ def _revised(run: _Run, state: State, batch_row_B: Tensor) -> Tensor:
     place_N = is_revealed_BL.nonzero(as_tuple=True)
     token_uniform_N, _ = _uniforms(run, state, batch_row_B, place_N)  # no token is drawn here in this step
     return torch.zeros_like(is_revealed_BL).index_put(place_N, token_uniform_N < chance_BL[place_N])
+
+
+def _mask_doubted(run: _Run, state: State, was_masked_BL: Tensor) -> State:
+    """One more look, a critic's, at rows that are to keep masks in their block: the likeliest errors are masked again,
+    whenever they were revealed."""
+    count_B = (state.due_BL > state.step_B[:, None]).sum(1)
+    judged_A = (count_B > 0).nonzero()[:, 0]
+    if len(judged_A) == 0:
+        return state
+    open_AL = (~state.is_fixed_BL & run.is_active(state))[judged_A]
+    logit_N = run.look.critique(state.x_BL[judged_A], open_AL, state.block_B[judged_A]).double()
+    lowest = torch.finfo(logit_N.dtype).min  # -inf is what positions out of question have
+    score_AL = torch.full_like(open_AL, -torch.inf, dtype=torch.float64).masked_scatter(open_AL, logit_N.clamp(min=lowest))
+    order_AL = score_AL.argsort(dim=1, descending=True, stable=True)
+    is_worst_AL = torch.arange(order_AL.shape[1], device=order_AL.device) < count_B[judged_A, None]
+    doubted_BL = torch.zeros_like(was_masked_BL)
+    doubted_BL[judged_A] = torch.zeros_like(open_AL).scatter(1, order_AL, is_worst_AL)
+    return replace(
+        state,
+        x_BL=state.x_BL.masked_fill(doubted_BL, run.mask_id),
+        is_masked_BL=state.is_masked_BL | doubted_BL,
+        is_fresh_BL=state.is_fresh_BL & ~doubted_BL,
+        is_revised_BL=state.is_revised_BL | (doubted_BL & ~was_masked_BL),
+        nfe_B=state.nfe_B + (count_B > 0),
+    )
 
 
 def _mask_again(run: _Run, state: State, batch_row_B: Tensor, undone_BL: Tensor) -> State:

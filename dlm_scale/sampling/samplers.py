@@ -21,6 +21,10 @@ from dataclasses import dataclass, replace
 LEFT_TO_RIGHT = "left_to_right"
 CACHES = ("none", "prefix", "dual")  # caches.py
 GAUSSIAN_SAMPLERS = {"ddim": 0.0, "ddpm": 1.0}  # of Gaussian checkpoints (gaussian.py): their eta
+HEADS = {  # what a sampler may need of a model (predict.py): the head that gives it
+    "critique": "a model with a critic (model.critic=true, trained with objective.critic_alpha)",
+    "local": "a model with a sampler head (model.sampler_head=true, trained with objective.sampler_alpha)",
+}
 
 
 @dataclass(frozen=True)
@@ -53,8 +57,26 @@ class Sampler:
     one_token_a_step: bool = False
     is_left_to_right: bool = False
 
+    @property
+    def needs(self) -> "str | None":
+        """What `predict` must offer beside log-probabilities (predict.py)."""
+        if self.reviser == "critic":
+            return "critique"
+        return "local" if self.token_sampler == "local_waves" else None
+
     def __post_init__(self):
-        if self.reviser != "none" and (self.schedule, self.selector) != ("independent", "due"):
+        parts = self.reviser, self.selector, self.schedule
+        if (self.reviser == "critic" or self.selector == "all") and parts != ("critic", "all", "even"):
+            raise ValueError(
+                "reviser 'critic', selector 'all' and schedule 'even' belong together (a critic judges texts without "
+                f"holes), not {self.reviser!r}, {self.selector!r} and {self.schedule!r}"
+            )
+        if self.needs == "local" and (self.reviser != "none" or self.selector == "sampled_confidence"):
+            raise ValueError(
+                f"token_sampler 'local_waves' needs reviser 'none' and an order by the state, not {self.reviser!r} and "
+                f"{self.selector!r}: its ids are drawn after the positions are chosen"
+            )
+        if self.reviser not in ("none", "critic") and (self.schedule, self.selector) != ("independent", "due"):
             raise ValueError(
                 f"reviser {self.reviser!r} needs schedule 'independent' and selector 'due', "
                 f"not {self.schedule!r} and {self.selector!r}: only these know when a position comes back"
@@ -67,6 +89,8 @@ class Sampler:
             raise ValueError("edits need a network that looks both ways, not one that fills from left to right")
         if self.edits and self.reviser != "none":
             raise ValueError(f"reviser {self.reviser!r} masks again what edits would draw anew: choose one of them")
+        if self.edits and self.needs == "local":
+            raise ValueError("token_sampler 'local_waves' knows masked positions alone: it cannot edit")
         if min(self.gamma, self.gumbel, self.factor) < 0:
             raise ValueError(
                 f"gamma, gumbel and factor are not negative, but are {self.gamma}, {self.gumbel} and {self.factor}"
@@ -114,6 +138,10 @@ SAMPLERS = {
     "edit": Sampler(schedule="independent", edit_rate=EDIT_RATE),
     # Ancestral, and visible tokens that the model no longer believes are drawn anew.
     "edit_gated": Sampler(schedule="independent", edit_below=0.1),
+    # Token-critic (arXiv 2209.04439): everything is drawn, and what the critic doubts most is masked again; two passes.
+    "critic": Sampler(selector="all", reviser="critic"),
+    # The positions of a pass of `ancestral` one after the other where they touch (waves.py); needs a sampler head.
+    "local_waves": Sampler(schedule="independent", token_sampler="local_waves"),
 }
 
 # Of autoregressive checkpoints, which know no other order: the law of the model itself. Not in the table of the above.

@@ -16,6 +16,7 @@ from dlm_scale.sampling.samplers import (
     AUTOREGRESSIVE_SAMPLERS,
     CACHES,
     GAUSSIAN_SAMPLERS,
+    HEADS,
     LEFT_TO_RIGHT,
     SAMPLERS,
     resolve,
@@ -98,10 +99,14 @@ def stream_settings(options: Mapping[str, Any], inference: Any) -> dict[str, Any
     Raises UsageError for tokens that are none, and for what a checkpoint of this kind cannot do.
     """
     _check_kind(options, inference)
-    own = {"eta": options["eta"]} if is_gaussian(inference) else (
-        edit_settings(options["sampler"] or inference.default_sampler, options["allow_edits"], inference))
+    name = options["sampler"] or inference.default_sampler
+    if is_gaussian(inference):
+        own = {"eta": options["eta"]}
+    else:
+        check_head(name, inference)
+        own = edit_settings(name, options["allow_edits"], inference)
     return own | {
-        "sampler": options["sampler"] or inference.default_sampler,
+        "sampler": name,
         "seed": options["seed"],
         "mask_id": inference.vocabulary.mask_id,
         "temperature": options["temperature"] if options["sample"] else 0.0,
@@ -129,6 +134,9 @@ def edit_settings(sampler: str, allow_edits: bool, inference: Any) -> dict[str, 
     if chosen.reviser != "none":
         raise UsageError(f"--allow_edits: sampler {sampler!r} masks tokens again, which edits would draw anew: choose "
                          "another sampler, or leave edits out")
+    if chosen.needs == "local":
+        raise UsageError(f"--allow_edits: sampler {sampler!r} draws by the sampler head, which has learnt masked "
+                         "positions alone: choose another sampler, or leave edits out")
     return {"allow_edits": True, "edit_ids": inference.edit_ids}
 
 
@@ -183,6 +191,13 @@ def _stop_ids(options: Mapping[str, Any], inference: Any) -> list[int]:
     """Those asked for, and where there is a chat template the token with which it ends an answer."""
     asked = [_token_id("stop_token", token, inference.tokenizer) for token in options["stop_token"]]
     return asked if options["chat"] is None else [*asked, inference.chat(options["chat"]).end_id]
+
+
+def check_head(name: str, inference: Any) -> None:
+    """UsageError where the checkpoint has not the head that a sampler needs."""
+    needed = resolve(name).needs
+    if needed and getattr(inference.predict, needed, None) is None:
+        raise UsageError(f"--sampler {name} needs {HEADS[needed]}; this checkpoint has none: take another sampler")
 
 
 def longest_canvas(options: Mapping[str, Any], inference: Any) -> int:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from dlm_scale.diffusion.corruption import KIND_VISIBLE, corrupt
 from dlm_scale.diffusion.fill import fill_uniforms
-from dlm_scale.diffusion.modifiers import ENTROPY_WEIGHT, Modifiers, filled, judge_factors, modified_weights
+from dlm_scale.diffusion.fill import draw, filled
+from dlm_scale.diffusion.modifiers import ENTROPY_WEIGHT, Modifiers, judge_factors, modified_weights
 from dlm_scale.diffusion.objective import masked_diffusion
 from dlm_scale.diffusion.schedule import SCHEDULES
 from dlm_scale.diffusion.timestep import stratified_times
@@ -168,9 +169,9 @@ def test_what_is_expected_of_a_share_of_masks():
 
 def test_a_judge_reads_the_visible_ids_and_fills_of_the_masked():
     c, table = batch(), logits()
-    made = filled(TableHead(table.flatten(0, 1)[c.rows_N]), c)
+    made = filled(c, draw(TableHead(table.flatten(0, 1)[c.rows_N]), c))
     assert torch.equal(made[~c.is_masked_BL], c.xt_BL[~c.is_masked_BL]) and made.max() < V
     some = torch.arange(len(c.rows_N)) % 3 == 0  # rows that carry loss and are not masked keep what they have
     mixed = dataclasses.replace(c, kind_N=c.kind_N.masked_fill(some, KIND_VISIBLE))
-    kept = filled(TableHead(table.flatten(0, 1)[c.rows_N]), mixed).flatten()[c.rows_N]
+    kept = filled(mixed, draw(TableHead(table.flatten(0, 1)[c.rows_N]), mixed)).flatten()[c.rows_N]
     assert bool((kept[some] == V).all()) and torch.equal(kept[~some], made.flatten()[c.rows_N][~some])
