@@ -21,6 +21,7 @@ from dlm_scale.config_checks import Problem, batch_text, cross_problems
 from dlm_scale.config_sections import (
     DataConfig,
     DiffusionConfig,
+    GaussianConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
@@ -52,6 +53,7 @@ class Config(Section):
     model: ModelConfig
     objective: ObjectiveConfig = ObjectiveConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
+    gaussian: GaussianConfig = Field(default_factory=GaussianConfig)
     data: DataConfig
     parallel: ParallelConfig = ParallelConfig()
     train: TrainConfig
@@ -62,6 +64,7 @@ class Config(Section):
     def _consistent(self) -> Config:
         config = _batch_in_rows(self)
         _raise_if(list(cross_problems(config)))
+        config.model._gaussian = config.gaussian if config.objective.kind == "gaussian" else None
         return config
 
 

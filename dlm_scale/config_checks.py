@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from dlm_scale.config_sections import DiffusionConfig, ModelConfig, ObjectiveConfig, TrainConfig
+from dlm_scale.config_sections import DiffusionConfig, GaussianConfig, ModelConfig, ObjectiveConfig, TrainConfig
 
 if TYPE_CHECKING:
     from dlm_scale.config import Config
@@ -28,6 +28,7 @@ def cross_problems(config: Config) -> Iterator[Problem]:
     yield from _curriculum_problems(config.diffusion)
     if config.objective.kind == "autoregressive":
         yield from _autoregressive_problems(config)
+    yield from _gaussian_problems(config)
     yield from _label_problems(config)
     yield from _modifier_problems(config)
     yield from _head_problems(config)
@@ -102,6 +103,44 @@ def _autoregressive_problems(config: Config) -> Iterator[Problem]:
     for key, default in (("random_length_share", 0.0), ("packing", "none")):  # segments that are causal inside
         if (value := getattr(config.data, key)) != default:
             yield f"data.{key}", f"= {value} is not there under objective.kind = autoregressive: set {default}"
+
+
+def _gaussian_problems(config: Config) -> Iterator[Problem]:
+    """The section belongs to the objective, and the objective to a network that knows the time."""
+    if config.objective.kind != "gaussian":
+        if config.gaussian != GaussianConfig():
+            yield "gaussian", f"has no meaning under objective.kind = {config.objective.kind}: leave it out, or set gaussian"
+        return
+    needed = "is needed under objective.kind = gaussian"
+    for key, value, why in (
+        ("time_conditioning", "adaln", "the network must know how much noise there is"),
+        ("tied", False, "token vectors and output table are two"),
+        ("logit_shift", False, "a vector is predicted where it stands"),
+        ("critic", False, "there are no filled texts to judge"),
+        ("sampler_head", False, "no token is drawn before another"),
+        ("head_bias", False, "the output is a table or a linear head"),
+    ):
+        if getattr(config.model, key) != value:
+            yield f"model.{key}", f"= {value} {needed}, not {getattr(config.model, key)}: {why}"
+    own = {"ce": "x0_softmax", "mse": "v or eps"}.get(config.gaussian.loss)
+    if own and config.gaussian.prediction not in own:
+        yield "gaussian.loss", f"= {config.gaussian.loss} is for prediction {own}, not {config.gaussian.prediction}: set vlb"
+    if config.diffusion != DiffusionConfig():
+        yield "diffusion", "is of masked diffusion and has no meaning under objective.kind = gaussian: leave it out"
+    for key, default in (("random_length_share", 0.0), ("packing", "none")):
+        if (value := getattr(config.data, key)) != default:
+            yield f"data.{key}", f"= {value} is not there under objective.kind = gaussian: set {default}"
+
+
+def config_warnings(config: Config) -> Iterator[str]:
+    """What is allowed and will disappoint."""
+    options = config.gaussian
+    if config.objective.kind == "gaussian" and options.loss == "mse" and options.embeddings != "fixed":
+        yield (
+            f"gaussian.loss = mse with trained token vectors ({options.embeddings}) collapses: vectors that are all alike "
+            "make the noise easy to tell, so the loss falls to 0.01 and the samples stay noise (docs/gaussian.md); set "
+            "gaussian.prediction=x0_softmax, gaussian.loss=vlb or gaussian.embeddings=fixed"
+        )
 
 
 def _label_problems(config: Config) -> Iterator[Problem]:

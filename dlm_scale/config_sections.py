@@ -8,7 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationInfo,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 TIED_UP_TO_WIDTH = 1024  # models up to about 350M parameters share the embedding and the head
@@ -101,6 +110,12 @@ class ModelConfig(Section):
     score: bool = False  # a head of objective.kind = sequence_scoring
     sampler_head: bool = False  # a head that predicts an id from those beside it too
     init_from: Text | None = None  # start from the weights of this checkpoint
+    _gaussian: GaussianConfig | None = PrivateAttr(None)
+
+    @property
+    def gaussian(self) -> GaussianConfig | None:
+        """The section of that name where it is the objective's, which Config lends to the shape: it has widths in it."""
+        return self._gaussian
 
     @model_validator(mode="before")
     @classmethod
@@ -118,10 +133,11 @@ class ModelConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    """What the network learns: to fill in masked tokens, or its autoregressive twin to predict the next one; or of a
-    text some of whose tokens were replaced, which they are, or how many. Then what changes the weights of the loss."""
+    """What the network learns: to fill in masked tokens, its autoregressive twin to predict the next one, Gaussian
+    diffusion to denoise token vectors; or of a text some of whose tokens were replaced, which they are, or how many. Then
+    what changes the weights of the loss."""
 
-    kind: Literal["masked", "autoregressive", "token_classification", "sequence_scoring"] = "masked"
+    kind: Literal["masked", "autoregressive", "gaussian", "token_classification", "sequence_scoring"] = "masked"
     label_smoothing: BelowOne = 0.0
     mask_ratio_power: NonNegativeFloat = 0.0  # a row's mean loss weighs (masked share)**-power; 0 = off
     entropy_threshold: Ratio = 0.0  # a row weighs 1 / (entropy of the wrong ids, at least this); 0 = off
@@ -136,6 +152,23 @@ class ObjectiveConfig(Section):
     critic_weighting: bool = False  # masked tokens weigh as much as the critic doubts them
     sampler_alpha: NonNegativeFloat = 0.0  # weight of the sampler head's loss; 0 = off
     sampler_start: NonNegative = 0  # the first step that has it
+
+
+def _default_loss(values: dict[str, Any]) -> str:
+    return "ce" if values["prediction"] == "x0_softmax" else "vlb"
+
+
+class GaussianConfig(Section):
+    """Diffusion of token vectors, with objective.kind = gaussian only."""
+
+    schedule: Literal["cosine", "linear", "sqrt"] = "cosine"
+    num_steps: Annotated[int, Field(ge=2, le=1_000_000)] = 1000  # of the forward process, whose bound is evaluated
+    max_snr: PositiveFloat = 20.0  # where the process begins and a sample ends (Plaid: exp 3)
+    prediction: Literal["x0_softmax", "v", "eps"] = "x0_softmax"
+    loss: Literal["ce", "vlb", "mse"] = Field(default_factory=_default_loss)
+    embedding_dim: Annotated[int, Field(ge=2, lt=2**20)] = 32
+    embeddings: Literal["unit_norm", "fixed", "free"] = "unit_norm"  # fixed: of length 1 and never trained
+    self_conditioning: bool = False
 
 
 class DiffusionConfig(Section):

@@ -200,10 +200,10 @@ def evaluate_sweep(args: argparse.Namespace, runtime: Any) -> dict[str, Any]:
 
 def check_samplers(names: list[str], inference: Any) -> None:
     """UsageError for a sampler that does not exist, or needs a head that the checkpoint has not."""
-    from dlm_scale.sampling.samplers import AUTOREGRESSIVE_SAMPLERS, SAMPLERS
+    from dlm_scale.sampling.samplers import SAMPLERS, SAMPLERS_OF
     from dlm_scale.sampling.settings import check_head
 
-    known = list(AUTOREGRESSIVE_SAMPLERS if inference.is_autoregressive else SAMPLERS)
+    known = list(SAMPLERS_OF.get(inference.kind, SAMPLERS))
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
@@ -303,7 +303,9 @@ def comparison_text(report: dict[str, Any]) -> str:
 
 def likelihood_text(report: dict[str, Any]) -> str:
     """One checkpoint's figures. `<=` marks a bound."""
-    sign, name = ("<=", "NELBO") if report["likelihood"] == "nelbo" else ("=", f"NLL ({report['likelihood']})")
+    bounds = {"nelbo": "NELBO", "vlb": "variational bound"}
+    sign, name = ("<=", bounds.get(report["likelihood"])) if report["likelihood"] in bounds else (
+        "=", f"NLL ({report['likelihood']})")
     width, width_mc = (1.96 * (report[key] or 0.0) for key in ("nelbo_se", "nelbo_se_mc"))
     text = (f"{name} {sign} {report['nelbo']:.4f} nats/token (95 % interval +- {width:.4f}, Monte-Carlo part "
             f"{width_mc:.4f}); perplexity {sign} {report['ppl']:.3f}; {report['tokens']:,} tokens, step "

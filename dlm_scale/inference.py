@@ -14,7 +14,7 @@ from dlm_scale.parallel.mesh import Mesh
 from dlm_scale.sampling.samplers import LEFT_TO_RIGHT
 
 
-LANGUAGE_MODELS = ("masked", "autoregressive")  # the kinds of objective that make one
+LANGUAGE_MODELS = ("masked", "autoregressive", "gaussian")  # the kinds of objective that make one
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,21 @@ class Inference:
     default_num_steps = 128
 
     @property
+    def kind(self) -> str:
+        """`objective.kind`: `masked`, `autoregressive`, `gaussian`, or that of a head for replaced tokens."""
+        return self.config.objective.kind
+
+    @property
     def default_sampler(self) -> str:
-        return LEFT_TO_RIGHT if self.is_autoregressive else "ancestral"
+        return {"autoregressive": LEFT_TO_RIGHT, "gaussian": "ddim"}.get(self.kind, "ancestral")
 
     @property
     def is_autoregressive(self) -> bool:
-        return self.config.objective.kind == "autoregressive"
+        return self.kind == "autoregressive"
+
+    @property
+    def is_gaussian(self) -> bool:
+        return self.kind == "gaussian"
 
     @property
     def edit_ids(self) -> dict[str, int]:
@@ -91,8 +100,12 @@ class Inference:
         """predict(x_BL, rows_N, attention=None, cache=None) -> log-probabilities [N, V] float32 of the clean ids at flat
         positions (docs/design.md, signature 3), with `critique` and `local` (sampling/predict.py).
 
-        Raises UsageError where an autoregressive checkpoint is asked for a position behind a mask.
+        Raises UsageError where an autoregressive checkpoint is asked for a position behind a mask, and for a Gaussian
+        one, which reads vectors.
         """
+        if self.is_gaussian:
+            raise UsageError(f"{self.checkpoint.path} is gaussian: it reads token vectors and knows no masks; sample it "
+                             "with --sampler ddim or ddpm, or take a masked checkpoint")
         from dlm_scale.sampling.predict import Predict
 
         return Predict(self._read, self.model.head)
@@ -112,6 +125,54 @@ class Inference:
             x_BL, attention = self.network_input(x_BL)
         with torch.no_grad():
             return self.model(x_BL, m_B=m_B, rows_N=rows_N, readout=readout, attention=attention, cache=cache)
+
+    def denoise(self, z_BLE, step: int, guess_BLE, temperature: float = 1.0):
+        """(x0 float32 [B, L, E], ids [B, L]) of a Gaussian checkpoint: its prediction of the clean vectors from those
+        at `step` of 1 ... T and from an earlier prediction (zeros: none), and the token that stands for each.
+
+        temperature, of x0_softmax: 0 takes the likeliest token's vector (Diffusion-LM's clamping). What v and eps predict
+        is kept within the ball of the vectors where these have length 1: near t = 1 an error of eps is divided by ~0.
+        """
+        import torch
+
+        from dlm_scale.diffusion.gaussian import Latent
+
+        process, (num_rows, length, dim) = self.process, z_BLE.shape
+        alpha, sigma = process.scales(torch.tensor(step, device=z_BLE.device), z_BLE)
+
+        def readout(head):
+            if process.prediction != "x0_softmax":
+                x0_NE = process.x0(z_BLE.flatten(0, 1), head.output(), alpha, sigma)
+                if self.config.gaussian.embeddings != "free":
+                    x0_NE = x0_NE / x0_NE.norm(dim=-1, keepdim=True).clamp(min=1)
+                return x0_NE, head.nearest_ids(x0_NE)
+            return head.mean(max(temperature, 1e-4)), head.best_ids()
+
+        nothing_BL = torch.zeros(num_rows, length, dtype=torch.long, device=z_BLE.device)
+        t_B = torch.full((num_rows,), step / process.num_steps, device=z_BLE.device)
+        latent = Latent(vectors_BLE=z_BLE, guess_BLE=guess_BLE)
+        with torch.no_grad():
+            x0_NE, ids_N = self.model(
+                nothing_BL, m_B=t_B, rows_N=torch.arange(num_rows * length, device=z_BLE.device), readout=readout,
+                latent=latent,
+            )  # fmt: skip
+        return x0_NE.view(num_rows, length, dim), ids_N.view(num_rows, length)
+
+    @property
+    def process(self):
+        """The forward process of a Gaussian checkpoint."""
+        from dlm_scale.engine.objectives import process_of
+
+        return process_of(self.config.gaussian)
+
+    def token_vectors(self, ids_BL):
+        """Float32 [B, L, E]: the vectors of tokens, of a Gaussian checkpoint."""
+        import torch
+
+        from dlm_scale.model.latent import vectors_of
+
+        with torch.no_grad():
+            return vectors_of(self.model.embedding(ids_BL.to(self.device)), self.config.gaussian.embeddings)
 
     def generate(self, prompts: Sequence[str], *, num_samples: int = 1, is_infill: bool = False, **options) -> list:
         """`num_samples` Samples (text, ids, nfe) of each prompt, or with is_infill of each text with <mask> holes.

@@ -305,7 +305,10 @@ def _make(job: Job, inference: Any, settings: dict, index: Any, plan: Plan, keys
     from dlm_scale.sampling.fixed_shape import FixedShapePredict
 
     args, (lengths, steps) = job.args, keys
-    fixed = FixedShapePredict(inference.model, inference.vocabulary.mask_id, inference.device, _pass_shape(inference))
+    from dlm_scale.sampling.gaussian import one_by_one
+
+    fixed = one_by_one(inference.denoise) if inference.is_gaussian else FixedShapePredict(
+        inference.model, inference.vocabulary.mask_id, inference.device, _pass_shape(inference))
     progress = Progress(plan.num_mine, plan.num_mine - len(plan.todo), job.env.rank == 0)
     with open_regular(args.input) as file, _writer(job) as write:
         maker = Maker(index, file, _reader(args, inference), inference, fixed, settings, args.num_samples)
@@ -359,9 +362,9 @@ class Maker:
         """The rows of samples whose canvases have one length and `steps` steps."""
         import torch
 
-        from dlm_scale.sampling.engine import generate
         from dlm_scale.sampling.prompt_file import noise_address, read_request
         from dlm_scale.sampling.requests import finished
+        from dlm_scale.sampling.texts import states
 
         asked = {int(n): read_request(self.file, self.index[n], self.reader) for n in set(batch // self.num_samples)}
         requests = [(*asked[number], sample) for number, sample in zip(*map(list, divmod(batch, self.num_samples)))]
@@ -374,12 +377,13 @@ class Maker:
         predict = self._of_left_context if self.inference.is_autoregressive else self.fixed
         places = {"request_hashes": [low for low, _ in addresses], "sample_indices": [high for _, high in addresses]}
         try:
-            made = generate(predict, x_BL, is_fixed_BL, **places, **self.settings, num_steps=steps)
+            *_, made = states(self.inference, x_BL, is_fixed_BL, predict=predict, **places, **self.settings,
+                              num_steps=steps)  # fmt: skip
         except ValueError as error:  # settings that only the canvas shows to be impossible, a model that has diverged
             raise UsageError(f"cannot sample the requests of {len(x_BL[0])} tokens: {error}") from error
         self.new_tokens = sum(canvas.num_open for canvas in canvases)
         rows = []
-        for (request_id, canvas, sample), ids, nfe in zip(requests, made.ids_BL.tolist(), made.nfe_B.tolist()):
+        for (request_id, canvas, sample), ids, nfe in zip(requests, made.x_BL.tolist(), made.nfe_B.tolist()):
             one = finished(int(sample), ids, nfe, canvas, self.settings["stop_ids"], self.inference.tokenizer)
             rows.append({"id": request_id, "sample": one.index, "text": one.text, "tokens": one.ids, "nfe": one.nfe})
         return rows
@@ -401,8 +405,11 @@ def _batch_size(job: Job, inference: Any, settings: dict, length: int, steps: in
         free = torch.cuda.mem_get_info(inference.device)[0]
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // job.env.local_world_size
-    sampler = resolve(settings["sampler"], settings.get("allow_edits", False))
-    looks_at_all = sampler.edits or SELECTORS[sampler.selector].score is not None
+    if inference.is_gaussian:
+        looks_at_all = True
+    else:
+        sampler = resolve(settings["sampler"], settings.get("allow_edits", False))
+        looks_at_all = sampler.edits or SELECTORS[sampler.selector].score is not None
     part = 1.0 if looks_at_all else min(1.0, 4 / steps)
     size = batch_size_for(free, length, inference.vocabulary.num_outputs, part)
     if job.env.rank == 0:
@@ -436,8 +443,14 @@ class Progress:
 
     def end(self, predict: Any) -> None:
         if self.is_shown and self.done > self.first:
-            share = 100 * predict.num_copies / max(1, predict.num_rows)
-            _say(f"{self._line()}; {share:.1f} % of the rows computed only filled up a pass")
+            _say(self._line() + copies_text(predict))
+
+
+def copies_text(predict: Any) -> str:
+    """What fixed shapes cost."""
+    if not getattr(predict, "num_rows", 0):
+        return ""
+    return f"; {100 * predict.num_copies / predict.num_rows:.1f} % of the rows computed only filled up a pass"
 
 
 def _merge(job: Job) -> int:

@@ -36,11 +36,14 @@ def check(config_path: str, overrides: list[str], world: int) -> tuple[Any, Any,
     Makes the run folder. Raises UsageError.
     """
     from dlm_scale.config import load_config, resolve_batch
+    from dlm_scale.config_checks import config_warnings
     from dlm_scale.parallel.mesh import check_layout
 
     config = load_config(config_path, overrides)
     check_layout(world, config.parallel.tensor_parallel_size)
     resolve_batch(config, world // config.parallel.tensor_parallel_size)
+    for message in config_warnings(config):
+        say_on_first_rank(message)
     data, validation = open_datasets(config)
     config = with_num_steps(config, data.vocabulary)
     check_resume_point(config, data)
@@ -79,9 +82,9 @@ def open_datasets(config: Any) -> tuple[Any, Any]:
     source = f"synthetic:{config.data.synthetic_vocab_size}" if config.data.is_synthetic else config.data.train
     how = {key: getattr(config.data, key) for key in ("packing", "order", "answer_padding")}
     data = open_data(source, config.model.seq_len, config.train.seed, **how)
-    if config.objective.kind == "autoregressive" and is_chat(data):
-        raise UsageError("objective.kind=autoregressive: data.train holds conversations, which only masked diffusion takes "
-                         "so far; give text, or leave the objective out")
+    if config.objective.kind in ("autoregressive", "gaussian") and is_chat(data):
+        raise UsageError(f"objective.kind={config.objective.kind}: data.train holds conversations, which only masked "
+                         "diffusion takes so far; give text, or leave the objective out")
     if config.diffusion.edit_stage_start < 1:
         data = replace(data, edits=edit_tokens(data, config.diffusion.insertion_corruption,
                                                config.diffusion.deletion_corruption))

@@ -7,15 +7,14 @@ from pathlib import Path
 CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "configs"
 COMING = (
     "configs/char_critic.yaml", "configs/char_sampler_head.yaml", "configs/char_loss_modifiers.yaml",
-    "configs/gaussian_depth12.yaml", "configs/nanochat_llm.yaml", "configs/tinystories_edit.yaml",
+    "configs/nanochat_llm.yaml", "configs/tinystories_edit.yaml",
     *("diffusion." + key for key in "anneal_corruption corruption_prob deletion_corruption edit_stage_start "
       "insertion_corruption num_diffusion_steps time_loss_weighting visible_subsample".split()),
     *("objective." + key for key in "critic_alpha critic_end critic_every critic_start critic_weighting "
       "entropy_threshold judge label_smoothing mask_ratio_power sampler_alpha sampler_start".split()),
     *("objective.kind=" + kind for kind in ("sequence_scoring", "token_classification")),
-    *("gaussian." + key for key in "num_steps prediction schedule self_conditioning".split()),
     "model.sampler_head", "model.labels", "model.score", "data.answer_padding",
-    "--sampler critic", "--sampler local_waves", "--sampler ddpm", "--sampler ddim", "--allow_edits",
+    "--sampler critic", "--sampler local_waves", "--allow_edits",
     "dlm sample runs/sft --chat",
 )  # fmt: skip
 AFTER_IT = ("configs/sft.yaml", "runs/sft", 'model="export"')  # goes on from a run that waits

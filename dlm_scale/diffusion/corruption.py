@@ -34,7 +34,8 @@ class Corrupted:
     attention: the mask value that the network needs; where documents are packed it has `cu_seqlens` int32 [S+1] and
     `to(device)`. None: every position of a row sees every other.
     What only some objectives read, else None: uniform_BL float64, for the ids that they fill the masked positions with
-    (fill.py); maskable_BL bool, of a critic; told_BL bool, whose clean ids a sampler head is told.
+    (fill.py); maskable_BL bool, of a critic; told_BL bool, whose clean ids a sampler head is told; noise_BLE float32 and
+    reads_guess_B bool, of Gaussian diffusion (gaussian.py).
     """
 
     xt_BL: torch.Tensor
@@ -52,6 +53,8 @@ class Corrupted:
     uniform_BL: torch.Tensor | None = None
     maskable_BL: torch.Tensor | None = None
     told_BL: torch.Tensor | None = None
+    noise_BLE: torch.Tensor | None = None
+    reads_guess_B: torch.Tensor | None = None
 
     @property
     def bounds_S1(self) -> torch.Tensor | None:

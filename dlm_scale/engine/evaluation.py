@@ -16,6 +16,8 @@ from dlm_scale.diffusion.corruption import Corrupted
 from dlm_scale.diffusion.draws import default_estimator
 from dlm_scale.diffusion.likelihood import NelboEstimate, RowSums, exact_sums, row_sums, sums_of_draws, summarise
 from dlm_scale.diffusion.segments import Rows
+from dlm_scale.engine.gaussian_evaluation import gaussian_sums
+from dlm_scale.engine.objectives import process_of
 
 EVALUATION_SEED = 0  # fixed: all checkpoints of all runs are compared on the same masks
 
@@ -91,13 +93,17 @@ def dataset_sums(sums_of_batch: SumsOfBatch, validation: Any, batch_size: int, m
     return gather_parts(parts, mesh)
 
 
-def evaluate(module: Any, validation: Any, vocabulary: Any, kind: str, train: Any, mesh: Any, device: torch.device,
+def evaluate(module: Any, validation: Any, vocabulary: Any, config: Any, mesh: Any, device: torch.device,
              on_batch: Callable[[int], None] | None = None) -> NelboEstimate:
     """The estimate over `validation` during training, by the run's settings. Collective over the data group."""
-    ce_fn = cross_entropy_fn(module, device)
-    masked = kind == "masked"
-    sums = (nelbo_sums(ce_fn, vocabulary.mask_id, train.eval_draws) if masked
-            else autoregressive_sums(ce_fn, vocabulary.mask_id))
+    ce_fn, train, mask_id = cross_entropy_fn(module, device), config.train, vocabulary.mask_id
+    sums = {
+        "masked": lambda: nelbo_sums(ce_fn, mask_id, train.eval_draws),
+        "autoregressive": lambda: autoregressive_sums(ce_fn, mask_id),
+        "gaussian": lambda: gaussian_sums(
+            module, device, process_of(config.gaussian), mask_id, train.eval_draws, EVALUATION_SEED
+        ),
+    }[config.objective.kind]()
     module.eval()
     parts = dataset_sums(sums, validation, train.micro_batch_size, mesh, on_batch)
     module.train()

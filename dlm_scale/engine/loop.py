@@ -182,9 +182,8 @@ def evaluation_record(trainer: Trainer, validation: Any, state: TrainState, watc
         return line | nothing
     if trainer.config.objective.kind in LABEL_OBJECTIVES:
         return line | nothing | evaluate_labels(trainer, validation, on_batch=lambda _: watch.enter("evaluate"))
-    train = trainer.config.train
-    estimate = evaluate(trainer.engine, validation, trainer.vocabulary, trainer.config.objective.kind, train,
-                        trainer.runtime.mesh, trainer.runtime.device, on_batch=lambda _: watch.enter("evaluate"))
+    estimate = evaluate(trainer.engine, validation, trainer.vocabulary, trainer.config, trainer.runtime.mesh,
+                        trainer.runtime.device, on_batch=lambda _: watch.enter("evaluate"))
     return line | {
         "val_nelbo": estimate.nelbo,
         "val_nelbo_se": estimate.nelbo_se,

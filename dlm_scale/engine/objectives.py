@@ -14,6 +14,8 @@ from dlm_scale.diffusion.corruption import Corrupted
 from dlm_scale.diffusion.critic import Critic, with_critic
 from dlm_scale.diffusion.edit import visible_stats
 from dlm_scale.diffusion.fill import fill_uniforms
+from dlm_scale.diffusion.gaussian import Process
+from dlm_scale.diffusion.gaussian_objective import gaussian_diffusion
 from dlm_scale.diffusion.labels import LABEL_OBJECTIVES
 from dlm_scale.diffusion.modifiers import Judge, Modifiers, modified_weights
 from dlm_scale.diffusion.neighbours import idle_sampler, sampler_term, told_positions
@@ -31,6 +33,9 @@ def objective_of(config: Any, judge: Judge | None = None) -> Objective:
     if options.kind in LABEL_OBJECTIVES:
         label = LABEL_OBJECTIVES[options.kind]
         return lambda hidden_fn, corrupted, step: label(hidden_fn, corrupted)
+    if options.kind == "gaussian":
+        gaussian = partial(gaussian_diffusion, process=process_of(config.gaussian), loss=config.gaussian.loss)
+        return lambda hidden_fn, corrupted, step: gaussian(hidden_fn, corrupted)
     modifiers = Modifiers(options.mask_ratio_power, options.entropy_threshold, options.judge_exponent)
     is_modified = bool(modifiers.mask_ratio_power or modifiers.entropy_threshold or judge)
 
@@ -47,6 +52,12 @@ def objective_of(config: Any, judge: Judge | None = None) -> Objective:
         return with_critic(plain, critic_of(options), hidden_fn, corrupted, step)
 
     return objective
+
+
+def process_of(options: Any) -> Process:
+    """The forward process of the section `gaussian`."""
+    return Process(options.schedule, options.num_steps, options.prediction, options.embedding_dim,
+                   options.self_conditioning, options.max_snr)
 
 
 def modified(plain: Callable, hidden_fn: Callable, corrupted: Corrupted, modifiers: Modifiers, judge: Judge | None):

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from dlm_scale import ops
 from dlm_scale.diffusion.autoregressive import shifted
 from dlm_scale.diffusion.corruption import Corrupted, corrupt
+from dlm_scale.diffusion.gaussian import noised
 from dlm_scale.diffusion.labels import LABEL_OBJECTIVES
 from dlm_scale.diffusion.modifiers import ENTROPY_WEIGHT
 from dlm_scale.diffusion.schedule import SCHEDULES
@@ -24,7 +25,7 @@ from dlm_scale.engine.build import Trainer
 from dlm_scale.engine.editing import edited
 from dlm_scale.engine.gradients import clip_by_global_norm
 from dlm_scale.engine.muon import muon_update
-from dlm_scale.engine.objectives import with_draws
+from dlm_scale.engine.objectives import process_of, with_draws
 from dlm_scale.engine.optimizer import rate_factor
 from dlm_scale.engine.state import TrainState
 from dlm_scale.engine.state_access import inner_optimizer
@@ -86,6 +87,8 @@ def micro_batch(trainer: Trainer, data, sample_B: np.ndarray, t_B: np.ndarray, s
     denominator = float(config.train.global_batch_size * length) if is_whole else None
     if config.objective.kind == "autoregressive":
         return _next_token_batch(trainer, rows, sample_B, denominator)
+    if config.objective.kind == "gaussian":
+        return _noised_batch(trainer, rows, sample_B, t_B, denominator)
     attention, t_S = None, t_B
     if rows.bounds_S1 is not None:
         attention = ops.Segments(torch.from_numpy(rows.bounds_S1))
@@ -119,6 +122,16 @@ def _next_token_batch(trainer: Trainer, rows: Rows, sample_B: np.ndarray, denomi
                          "within each of them, which is not there yet; prepare or read the data without packing")
     return shifted(rows.ids_BL, sample_B, mask_id=trainer.vocabulary.mask_id, denominator=denominator,
                    causal=ops.Causal(), maskable_BL=rows.maskable_BL)
+
+
+def _noised_batch(trainer: Trainer, rows: Rows, sample_B: np.ndarray, t_B: np.ndarray,
+                  denominator: float | None) -> Corrupted:
+    if rows.bounds_S1 is not None:
+        raise UsageError("objective.kind=gaussian: documents packed into rows are not there yet; prepare or read the data "
+                         "without packing")
+    process = process_of(trainer.config.gaussian)
+    return noised(rows.ids_BL, sample_B, process.steps(t_B), seed=trainer.config.train.seed, process=process,
+                  mask_id=trainer.vocabulary.mask_id, denominator=denominator, maskable_BL=rows.maskable_BL)
 
 
 def with_denominator(trainer: Trainer, batch: Sequence[Corrupted]) -> list[Corrupted]:

@@ -24,8 +24,9 @@ from dlm_scale.evaluation.judges import Judge, Sample, judged
 from dlm_scale.evaluation.text_statistics import variety
 from dlm_scale.parallel.mesh import Mesh
 from dlm_scale.sampling.engine import Generated, generate
-from dlm_scale.sampling.samplers import LEFT_TO_RIGHT
+from dlm_scale.sampling.samplers import GAUSSIAN_SAMPLERS, LEFT_TO_RIGHT
 from dlm_scale.sampling.settings import edit_settings
+from dlm_scale.sampling.texts import states
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,15 @@ def fill(
         raise UsageError(f"sampler {sampler!r}: {inference.checkpoint.path} is "
                          f"{'' if inference.is_autoregressive else 'not '}autoregressive, and {LEFT_TO_RIGHT!r} is the "
                          "sampler of those that are, and of no other")
+    if inference.is_gaussian != (sampler in GAUSSIAN_SAMPLERS):
+        raise UsageError(f"sampler {sampler!r} does not fit {inference.checkpoint.path}, which is {inference.kind}: of "
+                         f"Gaussian checkpoints take {' or '.join(GAUSSIAN_SAMPLERS)}, and of no others")
+    if inference.is_gaussian:
+        if settings.get("top_p", 1.0) != 1.0:
+            raise UsageError(f"--top_p has no meaning for {inference.checkpoint.path}, which is gaussian: leave it out")
+        passes = steps or inference.default_num_steps
+        *_, last = states(inference, x_BL, is_fixed_BL, sampler=sampler, num_steps=passes, **settings)
+        return Generated(last.x_BL, last.nfe_B)
     settings |= edit_settings(sampler, False, inference)
     steps = 0 if sampler == LEFT_TO_RIGHT else steps
     return generate(inference.predict, x_BL, is_fixed_BL, sampler=sampler, mask_id=inference.vocabulary.mask_id,

@@ -64,6 +64,10 @@ class DlmScaleConfig(PretrainedConfig):
         super().__init__(**values)
 
     @property
+    def gaussian(self) -> None:
+        """Gaussian checkpoints are not exported."""
+
+    @property
     def vocabulary(self) -> SimpleNamespace:
         """What a Transformer asks of a vocabulary. A mask that is the last id has no row in the output table."""
         num_outputs = self.vocab_size - (self.mask_token_id == self.vocab_size - 1)

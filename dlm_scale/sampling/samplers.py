@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 
 LEFT_TO_RIGHT = "left_to_right"
 CACHES = ("none", "prefix", "dual")  # caches.py
+GAUSSIAN_SAMPLERS = {"ddim": 0.0, "ddpm": 1.0}  # of Gaussian checkpoints (gaussian.py): their eta
 HEADS = {  # what a sampler may need of a model (predict.py): the head that gives it
     "critique": "a model with a critic (model.critic=true, trained with objective.critic_alpha)",
     "local": "a model with a sampler head (model.sampler_head=true, trained with objective.sampler_alpha)",
@@ -145,6 +146,7 @@ SAMPLERS = {
 
 # Of autoregressive checkpoints, which know no other order: the law of the model itself. Not in the table of the above.
 AUTOREGRESSIVE_SAMPLERS = {LEFT_TO_RIGHT: Sampler(one_token_a_step=True, is_left_to_right=True)}
+SAMPLERS_OF = {"autoregressive": AUTOREGRESSIVE_SAMPLERS, "gaussian": GAUSSIAN_SAMPLERS}  # objective.kind; else SAMPLERS
 
 
 def resolve(sampler: "str | Sampler", allow_edits: bool = False) -> Sampler:

@@ -21,6 +21,7 @@ from dlm_scale.sampling.settings import (
     add_sampling_arguments,
     check_sampling,
     goes_left_to_right,
+    is_gaussian,
     longest_canvas,
     num_steps,
     stream_settings,
@@ -56,16 +57,27 @@ def stream_canvas(inference: Any, text: str, canvas: Canvas, indices: Sequence[i
     """
     import torch
 
-    from dlm_scale.sampling.engine import stream
-
     x_BL = torch.tensor([canvas.ids] * len(indices), device=inference.device)
     is_fixed_BL = torch.tensor([canvas.is_fixed] * len(indices), device=inference.device)
     hashes = [zlib.crc32(text.encode())] * len(indices)
     rows = {"request_hashes": hashes, "sample_indices": indices}
     try:
-        yield from stream(inference.predict, x_BL, is_fixed_BL, **rows, **settings)
+        yield from states(inference, x_BL, is_fixed_BL, **rows, **settings)
     except ValueError as error:
         raise UsageError(f"cannot sample: {error}") from error
+
+
+def states(inference: Any, x_BL: Any, is_fixed_BL: Any, *, predict: Any = None, **settings: Any) -> Iterator:
+    """The States of sampling by the checkpoint's kind of diffusion. predict: in place of its own `predict`, or of its
+    `denoise` where it is Gaussian."""
+    if is_gaussian(inference):
+        from dlm_scale.sampling.gaussian import stream
+
+        denoise, vectors = predict or inference.denoise, inference.token_vectors
+        return stream(denoise, vectors, inference.process, x_BL, is_fixed_BL, **settings)
+    from dlm_scale.sampling.engine import stream
+
+    return stream(predict or inference.predict, x_BL, is_fixed_BL, **settings)
 
 
 def samples_of(inference: Any, canvas: Canvas, state: Any, indices: Sequence[int], settings: Mapping) -> list[Sample]:

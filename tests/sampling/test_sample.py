@@ -34,6 +34,7 @@ def dlm_sample(monkeypatch, capsys):
     inference = types.SimpleNamespace(
         predict=predict, tokenizer=tokenizer, vocabulary=tokenizer.vocabulary, seq_len=64, step=7,
         device=torch.device("cpu"), default_num_steps=5, default_sampler="ancestral", calls=calls,
+        kind="masked", is_gaussian=False, checkpoint=types.SimpleNamespace(path="ckpt"),
     )  # fmt: skip
     fake = types.ModuleType("dlm_scale.inference")
     fake.load_for_inference = lambda path, device="auto": inference
