@@ -28,9 +28,9 @@ from dlm_scale.config_compare import config_difference, is_result_neutral
 from dlm_scale.config_text import dump_yaml, parse_overrides, parse_yaml
 from dlm_scale.deepspeed_keys import OWNED, PASSED, ZERO_OPTIMIZATION, deepspeed_problems
 from dlm_scale.errors import UsageError
-from tests.coming import CONFIGS
 
 ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 TINY = ROOT / "configs" / "shakespeare_char_tiny.yaml"
 
 

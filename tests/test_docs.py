@@ -26,7 +26,6 @@ from dlm_scale import cli
 from dlm_scale.config import config_from_dict, known_keys, load_config
 from dlm_scale.config_text import parse_yaml
 from dlm_scale.errors import UsageError
-from tests.coming import COMING, waits
 from tests.forked import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -156,37 +155,7 @@ def check_sbatch(arguments: list[str]) -> None:
 def test_the_commands_of_a_block_exist(block):
     assert block.directive == RUN or len(block.directive) > len(NOT_RUN) + 5 and block.directive.startswith(NOT_RUN)
     for words in commands(block.text):
-        if not waits(shlex.join(words)):
-            check_command(words)
-
-
-def has_come(entry: str) -> bool:
-    """Whether what tests/coming.py waits for is there."""
-    from dlm_scale.sampling import samplers
-
-    tiny = ROOT / "configs" / "shakespeare_char_tiny.yaml"
-    if entry.startswith("--sampler "):
-        return any(entry.split()[1] in table for table in vars(samplers).values() if isinstance(table, dict))
-    if flag := re.search(r"--\w+", entry):
-        return flag[0] in options_of("sample")
-    if not entry.endswith(".yaml"):
-        return entry in known_keys() if "=" not in entry else loads(tiny, entry)
-    return loads(ROOT / entry)
-
-
-def loads(path: Path, *overrides: str) -> bool:
-    try:
-        load_config(path, overrides)
-    except UsageError:
-        return False
-    return True
-
-
-@pytest.mark.parametrize("entry", COMING)
-def test_what_is_still_to_come_has_not_come(entry):
-    assert not has_come(entry), f"{entry} is there: take it out of tests/coming.py, so that its commands are tested"
-    words = [shlex.join(words) for block in BASH for words in commands(block.text)]
-    assert any(entry in text for text in [*words, *DOCUMENTS.values()]), f"no document names {entry}"
+        check_command(words)
 
 
 @pytest.mark.parametrize("line", [
@@ -374,7 +343,7 @@ def test_files_keys_and_commands_that_are_named_exist(document):
         if re.fullmatch(r"(configs|docs|tools|tests|dlm_scale|kernels)/[\w./*-]*", span):
             assert list(ROOT.glob(span.rstrip("/"))), f"{document}: {span}"
         for key in re.findall(rf"\b((?:{SECTIONS})\.(?!py|md|log|bin)[a-z]\w+)", span):
-            assert key in known_keys() or waits(key), f"{document}: {key}"
+            assert key in known_keys(), f"{document}: {key}"
         if match := re.match(r"dlm ([a-z]+)(.*)", span):
             is_known = match[1] in cli.COMMANDS
             assert is_known or any(span in line for line in come), f"{document}: {span}"

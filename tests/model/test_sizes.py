@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,7 +11,8 @@ from dlm_scale.config import load_config
 from dlm_scale.data.vocabulary import Vocabulary
 from dlm_scale.model.parameters import count_parameters, flops_per_token, parameter_table
 from dlm_scale.model.transformer import Transformer
-from tests.coming import CONFIGS
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
 
 def vocabulary_of(config) -> Vocabulary:
