@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout
+from importlib.util import find_spec
 from pathlib import Path
 
 import datasets  # noqa: F401  (once, before the forks, as everything that a command would import)
@@ -106,7 +109,14 @@ HEADINGS = list(dict.fromkeys(heading for heading, _ in runnable()))
 def _run(folder: str, words: list[str], output: str) -> int:
     os.chdir(folder)
     with open(output, "a", encoding="utf-8") as file, redirect_stdout(file):
-        return cli.main(words)
+        if not words[0].endswith(".py"):
+            return cli.main(words)
+        sys.argv = words
+        try:
+            runpy.run_path(words[0], run_name="__main__")
+        except SystemExit as end:
+            return end.code or 0
+    return 0
 
 
 def execute(command: str, folder: Path) -> str:
@@ -142,6 +152,16 @@ def test_every_command_runs(heading, folder, monkeypatch):
             config, *overrides = shlex.split(command.split("train ", 1)[1])
             status = json.loads((folder / load_config(config, overrides).train.out / "status.json").read_text())
             assert (status["status"], status["step"]) == ("stopped", STEPS), command
+
+
+@pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
+def test_the_pipeline_serves_the_export(folder):
+    """After the commands above: the document's Python, in the folder that they left."""
+    (block,) = (block for block in BLOCKS if block.document == DOCUMENT and block.language == "python")
+    (folder / "pipeline.py").write_text(block.text)
+    (folder / "output").unlink(missing_ok=True)
+    assert run_ranks(1, _run, str(folder), ["pipeline.py"], str(folder / "output")) == [0]
+    assert (folder / "output").read_text().strip()
 
 
 def test_the_options_of_the_document_do_what_they_say(folder):
