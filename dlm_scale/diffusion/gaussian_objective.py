@@ -25,7 +25,7 @@ LOSSES = {SOFTMAX: ("ce", "vlb"), "v": ("vlb", "mse"), EPS: ("vlb", "mse")}  # t
 
 class Terms(NamedTuple):
     """loss_sum: a scalar in the graph. The rest, detached, [N] in nats: kl_N (the summand of step i of the bound),
-    reconstruction_N (valid at the first step), prior_N; ce_N and is_correct_N: of the token nearest to the prediction."""
+    reconstruction_N (valid at the first step), prior_N; ce_N, and is_correct_N of the token nearest to the prediction."""
 
     loss_sum: Tensor
     kl_N: Tensor
@@ -72,7 +72,8 @@ def terms_of(head: Any, corrupted: Corrupted, process: Process, loss: str) -> Te
     step_N = process.step_of(corrupted.t_B)[corrupted.rows_N // corrupted.xt_BL.shape[1]]
     look_up = lambda values_T1: values_T1.to(step_N.device)[step_N].float()  # noqa: E731
     clean_NE, noise_NE = head.clean_NE, corrupted.noise_BLE.flatten(0, 1)[corrupted.rows_N]
-    weight_N, factor_N, is_first_N = look_up(process.bound_weights()), look_up(process.error_factor()), step_N == process.first
+    weight_N, factor_N = look_up(process.bound_weights()), look_up(process.error_factor())
+    is_first_N = step_N == process.first
     prior_N, target_N, num_steps = process.prior(clean_NE), corrupted.target_N, process.num_used
     if process.prediction == SOFTMAX:
         error_N = (clean_NE - head.mean()).square().sum(-1)

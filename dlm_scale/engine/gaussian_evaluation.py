@@ -21,8 +21,8 @@ def gaussian_sums(module: Any, device: torch.device, process: Process, mask_id: 
     """(x0_BL, row_index_B) -> RowSums of the discrete bound (diffusion/gaussian.py), in two independent replicates.
 
     A replicate looks at num_draws/2 steps after the process's first one, stratified, each with the weight that makes
-    their mean the sum over all of them, and once at the first for the reconstruction. With self-conditioning the network reads the prediction
-    of its own first pass, everywhere: that too is a function of z alone, so the bound holds.
+    their mean the sum over all of them, and once at the first for the reconstruction. With self-conditioning the
+    network reads the prediction of its own first pass, everywhere: that too is a function of z alone, so the bound holds.
     """
     check_draws("exact", num_draws)
     num_passes, num_later = num_draws // NUM_REPLICATES, process.num_used - 1
