@@ -13,8 +13,9 @@ from dlm_scale.errors import UsageError
 
 
 def is_editing(config: Any, step: int) -> bool:
-    """Whether the stage has begun in the update after `step` finished ones."""
-    return step >= config.diffusion.edit_stage_start * config.train.num_steps
+    """Whether the stage, if there is one, has begun in the update after `step` finished ones."""
+    start = config.diffusion.edit_stage_start
+    return start < 1 and step >= start * config.train.num_steps
 
 
 def edited(trainer: Any, tokens: Any, corrupted: Corrupted, rows: Rows, sample_B: np.ndarray, step: int) -> Corrupted:

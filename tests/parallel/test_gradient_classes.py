@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dlm_scale.diffusion.objective import masked_diffusion
+from dlm_scale.engine.objectives import objective_of
 from dlm_scale.model.parameters import parameter_table
 from dlm_scale.model.sharding import local_boxes
 from dlm_scale.model.transformer import Transformer
@@ -39,6 +39,11 @@ CLASSES = {  # class: (model variant, parameters)
         "post", ("embedding_norm.gain", "embedding_norm.bias", "blocks.0.attention_norm.bias", "blocks.1.mlp_norm.bias",
                  "blocks.0.mlp.up.weight", "head_transform.dense.weight", "head_transform.norm.gain",
                  "head_transform.norm.bias")),
+    "heads beside the table": ("heads", ("head.critic.weight", "head.sampler.first.weight", "head.sampler.norm.gain",
+                                         "head.sampler.second.weight")),
+    "a critic's share in what is before it": ("critic", (
+        "head.critic.weight", "time_embedding.first.weight", "time_embedding.second.weight", "blocks.0.modulation.weight",
+        "embedding.weight", "blocks.1.attention.qkv.weight")),
     "recomputed": ("recompute", ("blocks.0.attention.qkv.weight", "blocks.0.attention_norm.gain")),
 }
 LAYOUTS = [(2, False), (2, True), (4, False), (4, True)]
@@ -55,7 +60,7 @@ def gradients(config, layers=None, rank: int = 0, size: int = 1) -> dict:
             values = torch.cat([noisy_values(table[name], 5, item.box, 0, item.numel) for item in boxes[name]])
             parameter.zero_().view(-1)[: len(values)] = values
     corrupted = whole_batch(config, data, 0)
-    loss, _ = masked_diffusion(model, corrupted)
+    loss, _ = objective_of(config)(model, corrupted, 6)  # all heads are trained in that step
     loss.backward()
     return {name: (boxes[name], p.grad.view(-1).numpy()) for name, p in model.named_parameters()}
 
