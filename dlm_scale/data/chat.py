@@ -25,13 +25,17 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+LABEL = (  # what the user says is a label or a list of attributes, what the assistant says a text of that kind
+    "{% for message in messages %}{{ ('<|im_start|>' if message['role'] == 'user' else '') + message['content'] "
+    "+ '<|im_end|>' }}{% endfor %}"
+)
 ANSWERS = "assistant"
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 OPEN, CLOSE = "\ue000", "\ue001"  # around the number of a place holder; private characters, never in a template
 PLACE = re.compile(f"{OPEN}(\\d+){CLOSE}")
 
 
-TEMPLATES = {"chatml": CHATML}
+TEMPLATES = {"chatml": CHATML, "label": LABEL}
 
 
 class Turn(NamedTuple):
@@ -146,9 +150,15 @@ def check_template(template: str, special_ids: Mapping[str, int]) -> str:
     """The template, if it makes answers that end. Raises UsageError."""
     if OPEN in template or CLOSE in template:
         raise UsageError("the chat template holds private characters (U+E000, U+E001), which mark places here")
-    example = [("user", "question"), (ANSWERS, "answer")]
-    next(Chat(template, special_ids, lambda text: np.zeros(0, np.int64)).turns(example, "an example"))
+    end_id_of(template, special_ids)
     return template
+
+
+def end_id_of(template: str, special_ids: Mapping[str, int]) -> int:
+    """The special token that ends an answer of this template. Raises UsageError where none does."""
+    example = [("user", "question"), (ANSWERS, "answer")]
+    turn = next(Chat(template, special_ids, lambda text: np.zeros(0, np.int64)).turns(example, "an example"))
+    return int(turn.answer[-1])
 
 
 @lru_cache(maxsize=8)

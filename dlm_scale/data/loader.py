@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from dlm_scale.data.answer_padding import continued
 from dlm_scale.data.chat import PROMPTS_SUFFIX
 from dlm_scale.data.files import read_regular
 from dlm_scale.data.indexed import IndexedDataset
@@ -27,7 +28,7 @@ from dlm_scale.data.rows import PackedDocuments, Windows, assemble, merge, pad_i
 from dlm_scale.data.sharded import ShardedRows
 from dlm_scale.data.stream import ShardStream
 from dlm_scale.data.tokenizer import load_tokenizer
-from dlm_scale.data.vocabulary import Vocabulary
+from dlm_scale.data.vocabulary import EditTokens, Vocabulary
 from dlm_scale.diffusion.rng import Stream, philox
 from dlm_scale.diffusion.segments import Rows
 from dlm_scale.errors import UsageError
@@ -43,6 +44,7 @@ class TrainingData:
     `num_rows` is one epoch (summed over the members of a mixture; None: not known yet); `fingerprint` identifies the
     tokens and what rows they make, wherever their files lie; `tokenizer_meta` is what a checkpoint keeps; `folder`
     holds the tokenizer (None: synthetic). Where `is_growing`, `rows` may wait for long, until `close` is called.
+    `edits`: ids for the edit stage (edit_tokens.py), None in a run without.
     """
 
     tokenizer_meta: TokenizerMeta
@@ -52,6 +54,7 @@ class TrainingData:
     rows: Callable[[np.ndarray], np.ndarray | Rows]
     is_growing: bool = False
     close: Callable[[], None] = lambda: None
+    edits: EditTokens | None = None
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -59,12 +62,13 @@ class TrainingData:
 
 
 def open_data(
-    source: str | Sequence[Any], seq_len: int, seed: int, packing: str = "none", order: str = "shuffled"
-) -> TrainingData:
+    source: str | Sequence[Any], seq_len: int, seed: int, packing: str = "none", order: str = "shuffled",
+    answer_padding: str = "none",
+) -> TrainingData:  # fmt: skip
     """Training data of `data.train`: a prefix, `synthetic:VOCAB_SIZE`, or a list of (path, weight). UsageError.
 
     The members of a list are objects with these attributes, or mappings with these keys. `packing` is a key of PACKING,
-    `order` of ORDERS.
+    `order` of ORDERS; `answer_padding` is `none` or a key of POLICIES, and concerns conversations alone.
     """
     if isinstance(source, str):
         kind, _, size = source.partition(":")
@@ -72,7 +76,8 @@ def open_data(
             return _synthetic(size, seq_len, seed)
         source = [{"path": source, "weight": 1.0}]
     members = [m if isinstance(m, Mapping) else vars(m) for m in source]
-    return ORDERS[order]([m["path"] for m in members], mix([m["weight"] for m in members]), seq_len, seed, packing)
+    options = {"packing": packing, "padding": answer_padding}
+    return ORDERS[order]([m["path"] for m in members], mix([m["weight"] for m in members]), seq_len, seed, **options)
 
 
 def open_split(prefix: str | Path) -> tuple[DatasetMeta, str, IndexedDataset]:
@@ -215,7 +220,9 @@ def _packed(data: IndexedDataset, meta: DatasetMeta, seq_len: int) -> PackedDocu
 PACKING = {"none": _windows, "best_fit": _packed}
 
 
-def _shuffled(prefixes: list[str], schedule: Mixture, seq_len: int, seed: int, packing: str) -> TrainingData:
+def _shuffled(
+    prefixes: list[str], schedule: Mixture, seq_len: int, seed: int, packing: str, padding: str
+) -> TrainingData:
     """Each member is passed in its own keyed order over all of its rows."""
     opened = [open_split(prefix) for prefix in prefixes]
     _require_one_tokenizer(prefixes, [meta for meta, _, _ in opened])
@@ -223,8 +230,10 @@ def _shuffled(prefixes: list[str], schedule: Mixture, seq_len: int, seed: int, p
         _answers(data, meta, seq_len, packing) if meta.is_chat else PACKING[packing](data, meta, seq_len)
         for meta, _, data in opened
     ]
-    if len({meta.is_chat for meta, _, _ in opened}) > 1 and packing == "none":
-        raise UsageError("data.train mixes conversations with text: their rows are alike only with data.packing=best_fit")
+    chats = [meta for meta, _, _ in opened if meta.is_chat]
+    if 0 < len(chats) < len(opened) and packing == "none":
+        raise UsageError("data.train mixes conversations with text: their rows are alike only with data.packing=best_fit"
+                         " and data.answer_padding=none")  # fmt: skip
     for _, _, data in opened:
         data.expect_random_reads(_is_large(data))
 
@@ -233,11 +242,26 @@ def _shuffled(prefixes: list[str], schedule: Mixture, seq_len: int, seed: int, p
 
     content = {"members": [meta.content(name) for meta, name, _ in opened]} | _identity(packing, schedule)
     rows, num_rows = _rows(schedule, [partial(take, k) for k in range(len(members))]), sum(m.num_rows for m in members)
+    if chats and padding != "none":
+        rows, content = _padded(rows, chats, seed, packing, padding), content | {"answer_padding": padding}
     return TrainingData(opened[0][0], Path(prefixes[0]).parent, _hash(content), num_rows, rows)
 
 
-def _sharded(prefixes: list[str], schedule: Mixture, seq_len: int, seed: int, packing: str) -> TrainingData:
-    """Each member is passed shard by shard, in a keyed order over the rows of each; the last may not be there yet."""
+def _padded(rows: Callable, chats: list[DatasetMeta], seed: int, packing: str, padding: str) -> Callable:
+    """`rows` with answers continued by end tokens. Raises UsageError where rows have no room or no end is known."""
+    if packing != "none":
+        raise UsageError(f"data.packing={packing} fills rows with conversations, and data.answer_padding={padding} continues "
+                         "answers by what a row has left: set data.packing=none, or data.answer_padding=none, with which "
+                         "texts end where the canvas does and not where the answer does")  # fmt: skip
+    end_ids = {meta.end_id for meta in chats}
+    return lambda sample_B: continued(rows(sample_B), padding, seed, sample_B, end_ids)
+
+
+def _sharded(
+    prefixes: list[str], schedule: Mixture, seq_len: int, seed: int, packing: str, padding: str
+) -> TrainingData:
+    """Each member is passed shard by shard, in a keyed order over the rows of each; the last may not be there yet.
+    A stream is text, which has no answers: `padding` is for the other order."""
     members = [ShardedRows(ShardStream(prefix), seq_len, seed, k, packing) for k, prefix in enumerate(prefixes)]
     lists = [member.stream.list for member in members]
     _require_one_tokenizer(prefixes, [found.tokenizer for found in lists])

@@ -90,6 +90,15 @@ class DatasetMeta(TokenizerMeta):
         """Whether each document is an answer with its past."""
         return bool(self.source.get("chat"))
 
+    @property
+    def end_id(self) -> int:
+        """The token that ends an answer of conversations. Raises UsageError."""
+        found = self.source.get("end_id")
+        if type(found) is not int or not 0 <= found < self.vocab_size or found == self.mask_id:
+            raise UsageError(f"{META_NAME}: source: end_id {found!r} is no token that could end an answer. Prepare the "
+                             "conversations again")  # fmt: skip
+        return found
+
     def content(self, split: str) -> dict[str, Any]:
         """What identifies the tokens of a split, wherever it lies: the base of a run's data fingerprint."""
         past = {"prompts": self.source.get("prompts_xxh3")} if self.is_chat else {}

@@ -22,7 +22,7 @@ import numpy as np
 import xxhash
 
 from dlm_scale.data.assemble import Assembler, Choice, Chooser
-from dlm_scale.data.chat import CHAT_TOKENS, PROMPTS_SUFFIX, check_template, template_of
+from dlm_scale.data.chat import CHAT_TOKENS, PROMPTS_SUFFIX, check_template, end_id_of, template_of
 from dlm_scale.data.documents import CHUNK_BYTES, Chunk, Source
 from dlm_scale.data.files import read_regular, sync, sync_folder
 from dlm_scale.data.hub import HubOptions
@@ -264,6 +264,7 @@ def _build(
     options = {key: value for key, value in asdict(choice).items() if value and key != "val_fraction"}
     dropped = {"duplicates": assembler.chooser.duplicates} if choice.deduplicate else {}
     if choice.chat:
+        options["end_id"] = end_id_of(choice.chat, tokenizer.special_ids)
         options["prompts_xxh3"] = {name: prompts_hash(building / name) for name in SPLITS}
     about = {"splits": splits, "source": source.description | options | dropped, "floor": floor}
     write_meta(DatasetMeta(**vars(tokenizer.meta), format_version=FORMAT_VERSION, **about), building / META_NAME)

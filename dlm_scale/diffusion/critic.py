@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dlm_scale.diffusion.corruption import KIND_MASKED, Corrupted
-from dlm_scale.diffusion.fill import one_shot_fill
+from dlm_scale.diffusion.fill import draw, filled
 from dlm_scale.diffusion.objective import Stats
 
 SCOPES = ("masked_only", "masked_and_visible")
@@ -83,24 +83,13 @@ def idle_critic(head: Any, corrupted: Corrupted) -> tuple[Tensor, Stats]:
     return 0.0 * head.over(head.hidden_ND.detach()[:1]).critic().sum(), {}
 
 
-def draw(head: Any, corrupted: Corrupted) -> Tensor:
-    """Ids [N] for the positions that carry loss, from the batch's own uniforms."""
-    return one_shot_fill(head, corrupted.uniform_BL.flatten()[corrupted.rows_N])
-
-
-def filled(corrupted: Corrupted, ids_N: Tensor) -> tuple[Tensor, Tensor]:
-    """The text with `ids_N` where it was masked, and where it differs from the clean one: int64 and bool [B, L]."""
-    xt, rows_N = corrupted.xt_BL.flatten(), corrupted.rows_N
-    y_N = torch.where(corrupted.kind_N == KIND_MASKED, ids_N, xt[rows_N])
-    is_wrong = torch.zeros_like(xt, dtype=torch.bool).index_copy(0, rows_N, y_N != corrupted.target_N)
-    return xt.index_copy(0, rows_N, y_N).view_as(corrupted.xt_BL), is_wrong.view_as(corrupted.xt_BL)
-
-
 def critic_loss(
     hidden_fn: Callable, corrupted: Corrupted, ids_N: Tensor, critic: Critic
 ) -> tuple[Tensor, Stats, Tensor]:
     """(loss_sum, stats, logits [N] float32, detached, at the positions that carry loss) of a look at the filled text."""
-    y_BL, is_wrong_BL = filled(corrupted, ids_N)
+    y_BL = filled(corrupted, ids_N)
+    is_wrong_of_N = y_BL.flatten()[corrupted.rows_N] != corrupted.target_N
+    is_wrong = torch.zeros(y_BL.numel(), dtype=torch.bool, device=y_BL.device).index_copy(0, corrupted.rows_N, is_wrong_of_N)
     looks_at_all = critic.scope == "masked_and_visible"
     every = torch.arange(y_BL.numel(), device=y_BL.device)
     rows_N = every if looks_at_all else corrupted.rows_N
@@ -112,7 +101,7 @@ def critic_loss(
 
     m_B = torch.zeros_like(corrupted.m_B)  # nothing of a filled text is masked
     logit_N = hidden_fn(y_BL, m_B=m_B, rows_N=rows_N, readout=readout, attention=corrupted.attention)
-    is_wrong_N = is_wrong_BL.flatten()[rows_N]
+    is_wrong_N = is_wrong[rows_N]
     bce_N = F.binary_cross_entropy_with_logits(logit_N, is_wrong_N.to(logit_N), reduction="none")
     count_S = sums_of(in_scope_N.double(), segment_N, corrupted)
     weight_S = corrupted.num_maskable_B / count_S.clamp(min=1)

@@ -1,4 +1,4 @@
-"""Ids drawn for all masked positions at once, each on its own: what a critic is trained on.
+"""Ids drawn for all masked positions at once, each on its own: what a critic is trained on, and a judge scores.
 
 Shapes: B rows, L positions, N selected positions of the flattened batch, V output vocabulary.
 """
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dlm_scale.diffusion.corruption import KIND_MASKED, Corrupted
 from dlm_scale.diffusion.rng import Stream, counter_of, philox, uniform53
 
 FILL_ROWS = 256  # of log-probabilities at a time
@@ -39,3 +40,15 @@ def one_shot_fill(head: Any, uniform_N: Tensor) -> Tensor:
         probability_NV = head.over(hidden_ND).log_probs().exp()
         ids.append(categorical(probability_NV, uniform).clamp(max=probability_NV.shape[1] - 1))
     return torch.cat(ids)
+
+
+def draw(head: Any, corrupted: Corrupted) -> Tensor:
+    """Ids [N] for the positions that carry loss, from the batch's own uniforms. Call in a readout."""
+    return one_shot_fill(head, corrupted.uniform_BL.flatten()[corrupted.rows_N])
+
+
+def filled(corrupted: Corrupted, ids_N: Tensor) -> Tensor:
+    """int64 [B, L]: the noised text with `ids_N` where it was masked."""
+    xt, rows_N = corrupted.xt_BL.flatten(), corrupted.rows_N
+    y_N = torch.where(corrupted.kind_N == KIND_MASKED, ids_N, xt[rows_N])
+    return xt.index_copy(0, rows_N, y_N).view_as(corrupted.xt_BL)

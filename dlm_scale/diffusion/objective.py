@@ -13,6 +13,7 @@ from dlm_scale.diffusion.likelihood import NUM_BINS
 
 Stats = dict[str, torch.Tensor]  # what adds up over micro-batches and ranks; [2] is (sum, number) of a mean
 Term = Callable[..., tuple[torch.Tensor, Stats]]  # (head, corrupted) -> (loss_sum, stats), on the same hidden states
+Measure = Callable[..., Stats]  # (corrupted, ce_N, is_correct_N) -> stats beside those of the masked tokens
 
 
 def masked_diffusion(
@@ -23,18 +24,20 @@ def masked_diffusion(
     label_smoothing: float = 0.0,
     weigh: Callable | None = None,
     terms: Sequence[Term] = (),
+    measures: Sequence[Measure] = (),
 ) -> tuple[torch.Tensor, Stats]:
     """(loss_sum, stats) of one micro-batch.
 
     `hidden_fn(xt_BL, *, m_B, rows_N, readout, attention)` runs the network and returns `readout(head)`;
     `head.cross_entropy(target_N, weight_N, z_loss, label_smoothing)` gives (weighted sum, ce_N in nats, is_correct_N).
     weigh(head, corrupted) -> float32 [N], detached: the weights in place of `corrupted.weight_N`. Each of `terms` adds
-    its loss and its stats.
+    its loss and its stats, each of `measures` its stats of the same cross-entropies.
 
     loss_sum is the local sum of weighted cross-entropies, before the denominator, and of z_loss times each token's
     squared log-sum-exp. stats: detached float64 that add up over micro-batches and ranks, of the masked tokens alone
     and free of all that is added to the loss: nelbo_sum (nats), ce_sum (unweighted nats), num_masked, num_correct; by
-    mask ratio, [NUM_BINS], ce_sum_bins and num_masked_bins; beside these [2] (sum, number) of each mean of a term.
+    mask ratio, [NUM_BINS], ce_sum_bins and num_masked_bins; beside these [2] (sum, number) of each mean of a term or
+    measure.
     """
 
     def readout(head):
@@ -46,6 +49,8 @@ def masked_diffusion(
         corrupted.xt_BL, m_B=corrupted.m_B, rows_N=corrupted.rows_N, readout=readout, attention=corrupted.attention
     )
     stats = masked_stats(corrupted, ce_N, is_correct_N)
+    for measure in measures:
+        stats |= measure(corrupted, ce_N, is_correct_N)
     for term_sum, term_stats in added:
         loss_sum, stats = loss_sum + term_sum, stats | term_stats
     return loss_sum, stats

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dlm_scale.config import resolve_batch
+from dlm_scale.diffusion.modifiers import Judge
 from dlm_scale.engine.checks import check_against_table, check_precision
 from dlm_scale.engine.deepspeed_config import deepspeed_dict, zero_stage
 from dlm_scale.engine.objectives import Objective, objective_of
@@ -35,8 +36,14 @@ class Trainer:
     objective: Objective
 
 
-def build_trainer(config: Any, runtime: Runtime, vocabulary: Any) -> Trainer:
-    """Build model, optimizer and engine; the weights are not set yet (`StateAccess.fill`). Collective."""
+def build_trainer(
+    config: Any, runtime: Runtime, vocabulary: Any, judge: Judge | None = None, has_segments: bool = False
+) -> Trainer:
+    """Build model, optimizer and engine; the weights are not set yet (`StateAccess.fill`). Collective.
+
+    judge: what `objective.judge` names (judge.py). has_segments: the data's rows consist of segments, whatever the
+    config says: conversations do.
+    """
     accumulation = resolve_batch(config, runtime.mesh.data_size)
     stage, ds_config = zero_stage(config), deepspeed_dict(config, accumulation)
     deepspeed = import_deepspeed()
@@ -46,7 +53,7 @@ def build_trainer(config: Any, runtime: Runtime, vocabulary: Any) -> Trainer:
         model = Transformer(config.model, vocabulary, layers, config.train.activation_checkpoint_every)
     check_against_table(model, table, runtime.mesh)
     if config.train.compile:
-        _compile_blocks(model, stage, config.data.has_segments)
+        _compile_blocks(model, stage, has_segments or config.data.has_segments)
     if stage < 3:
         model = model.to(runtime.device)
     groups = parameter_groups(model.named_parameters(), table, config.optimizer)
@@ -55,7 +62,8 @@ def build_trainer(config: Any, runtime: Runtime, vocabulary: Any) -> Trainer:
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, mpu=unit)
     check_precision(engine.module, config.train.precision)
     access = StateAccess(engine, stage, table, runtime.mesh)
-    return Trainer(config, runtime, vocabulary, engine, table, access, stage, accumulation, objective_of(config))
+    return Trainer(config, runtime, vocabulary, engine, table, access, stage, accumulation,
+                   objective_of(config, judge))
 
 
 def _zero_init(deepspeed: Any, stage: int, ds_config: dict, runtime: Runtime) -> Any:

@@ -23,7 +23,7 @@ from dlm_scale.model.parameters import EXTRA_HEADS, ParameterSpec, parameter_tab
 from dlm_scale.model.sharding import Box
 
 FREE = {"init_from", "init_std", "logit_shift", "seq_len", "logit_softcap", "rope_base", "window"}  # no tensor's shape
-ADDED = {"critic", "sampler_head"}  # heads that may be new
+ADDED = {"critic", "sampler_head", "labels", "score"}  # heads that may be new
 MEAN_ROWS = 4096  # of a table at a time
 
 

@@ -9,6 +9,7 @@ Shapes: B rows, L positions, V vocabulary, N the candidate positions of one pass
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,8 +17,9 @@ from torch import Tensor
 from dlm_scale.sampling.blocks import block_ends, block_of_L
 from dlm_scale.sampling.caches import KeyValueCache
 from dlm_scale.sampling.checks import check_blocks, check_extras, check_rows
+from dlm_scale.sampling.edits import edit, perhaps_edited
 from dlm_scale.sampling.noise import Noise, make_noise
-from dlm_scale.sampling.passes import Look
+from dlm_scale.sampling.passes import Look, biased
 from dlm_scale.sampling.samplers import Sampler, resolve
 from dlm_scale.sampling.schedules import REVISERS, SCHEDULES, timetable, waiting_step
 from dlm_scale.sampling.selectors import SELECTORS, Candidates, Selector
@@ -32,7 +34,7 @@ class State:
     """Where each row stands after a pass. All fields have B rows. Steps count from the start of the whole text.
 
     is_fresh_BL    revealed by the row's last pass
-    is_revised_BL  has been masked again at some time
+    is_revised_BL  has been masked again at some time, or was changed
     due_BL         step of each reveal in the row's block (schedules.py), undo_BL step at which one is masked again
     confidence_BL  probability that the token had when it was drawn (kept where the reviser reads it)
     nfe_B          passes of the network
@@ -77,6 +79,7 @@ class _Run:
     stop_ids: Tensor
     block_L: Tensor
     confidence_bias: Mapping[int, float]
+    edit_ids: Mapping[str, int]
 
     @property
     def selector(self) -> Selector:
@@ -85,6 +88,11 @@ class _Run:
     @property
     def looks_at_state_to_revise(self) -> bool:
         return REVISERS[self.sampler.reviser].share is not None
+
+    @property
+    def acts_at_every_step(self) -> bool:
+        """Whether something may happen to visible tokens at any step, up to the last."""
+        return self.looks_at_state_to_revise or self.sampler.edits
 
     @property
     def asks_critic(self) -> bool:
@@ -137,6 +145,8 @@ def stream(
     refresh_every: int = 0,
     logit_bias: Mapping[int, float] = {},
     confidence_bias: Mapping[int, float] = {},
+    allow_edits: bool = False,
+    edit_ids: Mapping[str, int] = {},
 ) -> Iterator[State]:
     """The start state, then the state after every pass, until all rows are done.
 
@@ -151,11 +161,13 @@ def stream(
     cache, refresh_every: keep keys and values within a block (caches.py); predict must take the argument `cache`.
     logit_bias: value added to an id's logit. confidence_bias: value added to the score of a position whose id (drawn,
     or likeliest where the order looks at the state alone) it is; -inf: revealed only when nothing else is left.
+    allow_edits: the sampler edits visible tokens (edits.py), those that edit anyway need no word. edit_ids: the ids of
+    the answers `delete` and `gap`, of those that the network has learnt; they are drawn at visible positions alone.
     Raises ValueError on settings that make no sense.
     """
-    sampler = resolve(sampler)
+    sampler = resolve(sampler, allow_edits)
     length = x_BL.shape[-1]
-    block_size = length if block_size is None else min(block_size, length)
+    block_size = 1 if sampler.is_left_to_right else length if block_size is None else min(block_size, length)
     window = length if context is None else min(context, length)
     check_rows(x_BL, is_fixed_BL, num_steps, request_hashes, sample_indices, temperature, top_k, top_p)
     check_blocks(is_fixed_BL, num_steps, block_size, window, context)
@@ -175,6 +187,7 @@ def stream(
         torch.tensor(list(stop_ids), dtype=torch.long, device=x_BL.device),
         block_of_L(length, block_size, x_BL.device),
         confidence_bias,
+        edit_ids if sampler.edits else {},
     )
     state = _start(run, x_BL, is_fixed_BL)
     yield state
@@ -219,7 +232,9 @@ def _start(run: _Run, x_BL: Tensor, is_fixed_BL: Tensor) -> State:
 def _enter_block(run: _Run, state: State, batch_row_B: Tensor) -> State:
     """The rows begin the block of their first masked position: its reveals are scheduled (step 0 of the counter)."""
     block_B = run.block_L[state.is_masked_BL.to(torch.uint8).argmax(1)]
-    end_BK = block_ends(~state.is_fixed_BL, run.look.block_size, run.num_steps)
+    is_open_BL = ~state.is_fixed_BL
+    most_steps = is_open_BL.sum(1, keepdim=True) if run.sampler.is_left_to_right else run.num_steps
+    end_BK = block_ends(is_open_BL, run.look.block_size, most_steps)
     first_B = torch.where(block_B > 0, end_BK.gather(1, (block_B - 1).clamp(min=0)[:, None])[:, 0], 0)
     num_steps_B = end_BK.gather(1, block_B[:, None])[:, 0] - first_B
     member_BL = state.is_masked_BL & (run.block_L == block_B[:, None])
@@ -253,7 +268,9 @@ def _advance(run: _Run, state: State, batch_row_B: Tensor) -> State:
         undone_BL = _revised(run, state, batch_row_B)
     else:
         undone_BL = ~state.is_masked_BL & (state.undo_BL == step_B1)
-    after = _reveal(run, state, batch_row_B, candidate_BL) if bool(candidate_BL.any()) else state
+    edited_BL = perhaps_edited(run, state, batch_row_B) if run.sampler.edits else torch.zeros_like(candidate_BL)
+    is_seen = bool(candidate_BL.any()) or bool(edited_BL.any())
+    after = _reveal(run, state, batch_row_B, candidate_BL, edited_BL) if is_seen else state
     if run.asks_critic:
         return _mask_doubted(run, after, state.is_masked_BL)
     return _mask_again(run, after, batch_row_B, undone_BL) if bool(undone_BL.any()) else after
@@ -261,7 +278,7 @@ def _advance(run: _Run, state: State, batch_row_B: Tensor) -> State:
 
 def _next_step(run: _Run, state: State) -> Tensor:
     """The next step in which something of the row can change; steps without an event cost nothing."""
-    if (run.selector.extent is not None and not run.asks_critic) or run.looks_at_state_to_revise:
+    if (run.selector.extent is not None and not run.asks_critic) or run.acts_at_every_step:
         return state.step_B + 1
     due_B, undo_B = (_later(steps_BL, state.step_B[:, None]) for steps_BL in (state.due_BL, state.undo_BL))
     return torch.minimum(due_B, undo_B)
@@ -282,11 +299,13 @@ def _wait(run: _Run, state: State, kind: str, row_N: Tensor, uniform_N: Tensor) 
     return event_N
 
 
-def _reveal(run: _Run, state: State, batch_row_B: Tensor, candidate_BL: Tensor) -> State:
-    """One pass over the rows that have candidates: choose among them, give ids, plan when these are undone."""
-    is_live_B = candidate_BL.any(1)
+def _reveal(run: _Run, state: State, batch_row_B: Tensor, candidate_BL: Tensor, edited_BL: Tensor) -> State:
+    """One pass over the rows that have candidates, or visible tokens that may be edited: choose among the candidates,
+    give ids, plan when these are undone; then edit."""
+    seen_BL = candidate_BL | edited_BL
+    is_live_B = seen_BL.any(1)
     live_A = is_live_B.nonzero()[:, 0]
-    look_at = state.x_BL, state.is_fixed_BL, candidate_BL, batch_row_B, state.block_B
+    look_at = state.x_BL, state.is_fixed_BL, seen_BL, batch_row_B, state.block_B
     if len(live_A) < len(is_live_B):
         look_at = tuple(whole[live_A] for whole in look_at)
     if run.sampler.needs == "local":
@@ -295,6 +314,10 @@ def _reveal(run: _Run, state: State, batch_row_B: Tensor, candidate_BL: Tensor) 
         place_M, ids_M, log_probs_MV = _choose_in_waves(run, state, batch_row_B, candidate_BL, log_probs_NV, again)
     else:
         log_probs_NV = run.look(*look_at)
+        if run.sampler.edits:
+            is_edited_N, visible_NV = edited_BL[seen_BL], log_probs_NV
+            visible_NV, log_probs_NV = visible_NV[is_edited_N], visible_NV[~is_edited_N]
+            log_probs_NV = biased(log_probs_NV, dict.fromkeys(run.edit_ids.values(), -torch.inf))
         place_M, ids_M, log_probs_MV = _choose(run, state, batch_row_B, candidate_BL, log_probs_NV)
     chosen_BL = torch.zeros_like(candidate_BL).index_put(place_M, torch.ones_like(ids_M, dtype=torch.bool))
     after = replace(
@@ -304,6 +327,9 @@ def _reveal(run: _Run, state: State, batch_row_B: Tensor, candidate_BL: Tensor) 
         is_fresh_BL=chosen_BL,
         nfe_B=state.nfe_B + is_live_B * run.look.nfe,
     )
+    if run.sampler.edits:
+        wait = partial(_wait, run, after, "log_masked_T1")
+        return edit(run, after, batch_row_B, edited_BL, visible_NV, wait)
     return _plan_revision(run, after, batch_row_B, place_M, log_probs_MV.gather(1, ids_M[:, None])[:, 0])
 
 
@@ -443,7 +469,7 @@ def _finish(run: _Run, state: State, batch_row_B: Tensor) -> State:
     """Rows with nothing left to do in their block go to the next; those without one, or at a stop id, are done."""
     pending_BL = (state.is_masked_BL & run.is_active(state)) | (~state.is_masked_BL & (state.undo_BL != _NEVER))
     is_idle_B = ~pending_BL.any(1)
-    if run.looks_at_state_to_revise:
+    if run.acts_at_every_step:
         is_idle_B &= state.step_B == state.first_step_B + state.num_steps_B
     is_done_B = is_idle_B & ~state.is_masked_BL.any(1)
     if len(run.stop_ids):

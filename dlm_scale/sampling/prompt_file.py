@@ -3,7 +3,8 @@
 A line is an object with `id` (text or whole number) and one of
     "prompt": text to continue          "text": text with holes <mask>, <mask:12>
     "tokens": ids; open where the mask id stands, and without one a prompt
-and, for prompts, "max_new_tokens". Everything else is refused, with the number of the line.
+    "messages": a conversation whose next answer is wanted (with a chat template, which makes a prompt a question too)
+and, for all but holes, "max_new_tokens". Everything else is refused, with the number of the line.
 """
 
 from __future__ import annotations
@@ -17,10 +18,17 @@ from typing import IO, Any
 import numpy as np
 
 from dlm_scale.errors import UsageError
-from dlm_scale.sampling.requests import Canvas, infill_canvas, open_canvas, prompt_canvas
+from dlm_scale.sampling.requests import (
+    Canvas,
+    chat_canvas,
+    infill_canvas,
+    open_canvas,
+    prompt_canvas,
+    require_prompt,
+)
 
 MAX_LINE_BYTES = 16 << 20
-KINDS = ("prompt", "text", "tokens")
+KINDS = ("prompt", "text", "tokens", "messages")
 KEYS = ("id", *KINDS, "max_new_tokens")
 ENTRY = np.dtype([("line", "<i8"), ("offset", "<i8"), ("size", "<i8"), ("length", "<i4"), ("num_open", "<i4"),
                   ("id_low", "<u8"), ("id_high", "<u8")])  # fmt: skip
@@ -28,13 +36,16 @@ ENTRY = np.dtype([("line", "<i8"), ("offset", "<i8"), ("size", "<i8"), ("length"
 
 @dataclass(frozen=True)
 class Reader:
-    """How a line becomes a canvas: a strict JSON parser, the tokenizer (or None), its vocabulary, and the limits."""
+    """How a line becomes a canvas: a strict JSON parser, the tokenizer (or None), its vocabulary, the limits, and what
+    makes ids of conversations (dlm_scale.inference.Conversations), or None."""
 
     parse_json: Callable[[bytes, str], Any]
     tokenizer: Any
     vocabulary: Any
     seq_len: int
     max_new_tokens: "int | None"
+    is_left_to_right: bool = False  # then nothing may stand behind an open position
+    chat: Any = None
 
     def request(self, line: bytes) -> tuple["str | int", Canvas]:
         """(id, canvas) of a line. Raises UsageError or ValueError saying what is wrong with it."""
@@ -46,7 +57,8 @@ class Reader:
         if type(request_id) not in (str, int) or request_id == "":
             raise UsageError("no id: give each line its own, a text or a whole number")
         str(request_id).encode()  # half a surrogate pair is no text
-        return request_id, self._canvas(value)
+        canvas = self._canvas(value)
+        return request_id, require_prompt(canvas) if self.is_left_to_right else canvas
 
     def _canvas(self, value: dict[str, Any]) -> Canvas:
         mask_id, seq_len = self.vocabulary.mask_id, self.seq_len
@@ -55,22 +67,35 @@ class Reader:
             raise UsageError(f"max_new_tokens is {str(new_tokens)[:40]!r}, not a whole number from 1 on")
         if "tokens" in value:
             ids = self._checked_ids(value["tokens"])
-            is_prompt = mask_id not in ids
-        else:
-            kind = "prompt" if "prompt" in value else "text"
-            if not isinstance(value[kind], str):
-                raise UsageError(f"{kind} is not a text")
-            if self.tokenizer is None:
-                raise UsageError(f"this checkpoint has no tokenizer to read {kind} with: give tokens")
-            is_prompt = kind == "prompt"
-            ids = self.tokenizer.encode(value[kind]) if is_prompt else None
-        if is_prompt:
-            return prompt_canvas(ids, new_tokens, mask_id, seq_len)
+            if mask_id not in ids:
+                return prompt_canvas(ids, new_tokens, mask_id, seq_len)
+        elif "messages" in value or "prompt" in value and self.chat is not None:
+            return chat_canvas(self._conversation(value), new_tokens, mask_id, seq_len)
+        elif "prompt" in value:
+            return prompt_canvas(self._tokenizer_for("prompt", value).encode(value["prompt"]), new_tokens, mask_id, seq_len)
         if "max_new_tokens" in value:
             raise UsageError("max_new_tokens goes with a prompt; holes have the lengths that they have")
-        return infill_canvas(value["text"], self.tokenizer, seq_len) if ids is None else open_canvas(
-            ids, mask_id, seq_len
-        )
+        if "tokens" in value:
+            return open_canvas(ids, mask_id, seq_len)
+        return infill_canvas(value["text"], self._tokenizer_for("text", value), seq_len)
+
+    def _tokenizer_for(self, kind: str, value: dict[str, Any]) -> Any:
+        """The tokenizer, for a text under this key. Raises UsageError where either is missing."""
+        if not isinstance(value[kind], str):
+            raise UsageError(f"{kind} is not a text")
+        if self.tokenizer is None:
+            raise UsageError(f"this checkpoint has no tokenizer to read {kind} with: give tokens")
+        return self.tokenizer
+
+    def _conversation(self, value: dict[str, Any]) -> Any:
+        if "prompt" in value:
+            self._tokenizer_for("prompt", value)
+            return self.chat.asked(value["prompt"])
+        if self.chat is None:
+            raise UsageError("messages need a chat template: say --chat")
+        if not isinstance(value["messages"], list):
+            raise UsageError("messages is not a list of objects with role and content")
+        return self.chat.next_answer(value["messages"])
 
     def _checked_ids(self, ids: Any) -> list[int]:
         if not isinstance(ids, list) or any(type(token) is not int for token in ids):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dlm_scale.errors import UsageError
@@ -16,10 +16,11 @@ _MASK_SPAN = re.compile(r"<mask(?::(\d{1,9}))?>")
 
 @dataclass(frozen=True)
 class Canvas:
-    """ids [L] with the mask id at the open positions; all others stay as they are."""
+    """ids [L] with the mask id at the open positions; all others stay as they are. The text begins at `shown_from`."""
 
     ids: list[int]
     is_fixed: list[bool]
+    shown_from: int = 0
 
     @property
     def num_open(self) -> int:
@@ -43,6 +44,11 @@ def prompt_canvas(ids: Sequence[int], max_new_tokens: "int | None", mask_id: int
     if len(ids) + new_tokens > seq_len:  # before a list of that length is made
         raise too_long(parts, len(ids) + new_tokens, seq_len)
     return Canvas([*map(int, ids), *[mask_id] * new_tokens], [True] * len(ids) + [False] * new_tokens)
+
+
+def chat_canvas(ids: Sequence[int], max_new_tokens: "int | None", mask_id: int, seq_len: int) -> Canvas:
+    """The same for a conversation up to where its next answer begins; the text is that answer alone."""
+    return replace(prompt_canvas(ids, max_new_tokens, mask_id, seq_len), shown_from=len(ids))
 
 
 def infill_canvas(text: str, tokenizer: Any, seq_len: int) -> Canvas:
@@ -69,6 +75,14 @@ def open_canvas(ids: Sequence[int], mask_id: int, seq_len: int) -> Canvas:
     return Canvas(list(ids), [token != mask_id for token in ids])
 
 
+def require_prompt(canvas: Canvas) -> Canvas:
+    """The canvas, whose open positions come last. Raises UsageError where text stands behind one."""
+    if canvas.is_fixed != sorted(canvas.is_fixed, reverse=True):
+        raise UsageError("text stands behind a hole, and this checkpoint is autoregressive: it sees what comes before "
+                         "alone; give a prompt, or take a masked checkpoint")
+    return canvas
+
+
 def too_long(what: str, length: int, seq_len: int) -> UsageError:
     return UsageError(
         f"{what} = {length} tokens, but the limit (the checkpoint's seq_len; with --block_size {LONGEST_IN_BLOCKS}) "
@@ -79,7 +93,8 @@ def too_long(what: str, length: int, seq_len: int) -> UsageError:
 def finished(
     index: int, ids: list[int], nfe: int, canvas: Canvas, stop_ids: Sequence[int], tokenizer: Any
 ) -> Sample:
-    """Cut a row after its first generated stop id; the text leaves that id out."""
+    """Cut a row after its first generated stop id; the text leaves that id out, and what stands before `shown_from`."""
     stops = (i for i, token in enumerate(ids) if token in stop_ids and not canvas.is_fixed[i])
     stop = next(stops, len(ids))
-    return Sample(index, ids[: stop + 1], None if tokenizer is None else tokenizer.decode(ids[:stop]), nfe)
+    text = None if tokenizer is None else tokenizer.decode(ids[canvas.shown_from : stop])
+    return Sample(index, ids[: stop + 1], text, nfe)

@@ -88,7 +88,7 @@ def test_the_averaged_weights_are_chosen_by_name(checkpoint, tmp_path):
 def test_shape_fields_are_those_of_the_config():
     from dlm_scale.config import ModelConfig
 
-    assert set(SHAPE) == set(ModelConfig.model_fields) - {"init_from"}
+    assert set(SHAPE) == set(ModelConfig.model_fields) - {"init_from", "depth"}
     assert DlmScaleConfig(num_layers=3).num_hidden_layers == 3
     inside, last = DlmScaleConfig(vocab_size=9, mask_token_id=4).vocabulary, DlmScaleConfig().vocabulary
     assert (inside.num_outputs, last.num_outputs) == (9, Vocabulary(257, 256).num_outputs)

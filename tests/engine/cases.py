@@ -146,6 +146,10 @@ class PackedData:
     def vocabulary(self):
         return self.plain.vocabulary
 
+    @property
+    def tokenizer_meta(self):
+        return self.plain.tokenizer_meta
+
     def rows(self, sample_B: np.ndarray) -> Rows:
         ids_BL = self.plain.rows(sample_B)
         length = ids_BL.shape[1]
@@ -235,8 +239,10 @@ def run_twin(config, steps: int) -> dict[str, Any]:
     options, named = config.optimizer, dict(model.named_parameters())
     matrices = {n: torch.zeros(table[n].shape) for n in table if options.name == "muon" and table[n].is_hidden_matrix}
     decaying = [named[n] for n in table if table[n].decays and n not in matrices]
-    groups = [{"params": decaying, "weight_decay": options.weight_decay},
-              {"params": [named[n] for n in table if not table[n].decays], "weight_decay": 0.0}]
+    tables = [named[n] for n in ("embedding.weight", "head.weight") if n in named]
+    others = [named[n] for n in table if not table[n].decays and not n.endswith(("embedding.weight", "head.weight"))]
+    groups = [{"params": decaying, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0},
+              {"params": tables, "weight_decay": 0.0, "rate": options.embedding_learning_rate or options.learning_rate}]
     betas = (options.beta1, options.beta2)
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, eps=options.eps)
     lines, state, objective = [], TrainState(), objective_of(config)
@@ -248,7 +254,7 @@ def run_twin(config, steps: int) -> dict[str, Any]:
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.gradient_clip)
         factor = rate_factor(state.step, config.train.num_steps, options)
         for group in optimizer.param_groups:
-            group["lr"] = options.learning_rate * factor
+            group["lr"] = group.get("rate", options.learning_rate) * factor
         for name, momentum in matrices.items():
             parts = _rows_of_parts(name, config.model)
             _muon_step(named[name], momentum, parts, options.muon_learning_rate * factor, options)

@@ -134,14 +134,14 @@ def trained():
 
 def test_a_trained_critic_tells_errors_from_others(trained):
     """Area under the curve of errors against right ids, on new rows."""
-    from dlm_scale.diffusion.critic import draw, filled
+    from dlm_scale.diffusion.fill import draw, filled
 
     corrupted = batch_of(config_of(critic_alpha=0.5), chain_rows(400, 999), 10**6)
     with torch.no_grad():
         ids_N = trained(corrupted.xt_BL, rows_N=corrupted.rows_N, readout=lambda head: draw(head, corrupted))
-        y_BL, is_wrong_BL = filled(corrupted, ids_N)
+        y_BL = filled(corrupted, ids_N)
         logit_N = trained(y_BL, rows_N=corrupted.rows_N, readout=lambda head: head.critic())
-    wrong_N = is_wrong_BL.flatten()[corrupted.rows_N]
+    wrong_N = y_BL.flatten()[corrupted.rows_N] != corrupted.target_N
     rank_N = logit_N.argsort().argsort().double() + 1
     positives, negatives = int(wrong_N.sum()), int((~wrong_N).sum())
     area = (float(rank_N[wrong_N].sum()) - positives * (positives + 1) / 2) / (positives * negatives)
