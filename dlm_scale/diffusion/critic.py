@@ -45,7 +45,7 @@ class Critic:
 
     def alpha_at(self, step: int) -> float:
         """What the critic's loss is multiplied by in the step after `step` finished ones; 0: there is none."""
-        if step < self.start or step % self.every:
+        if step < self.start or (step + 1) % self.every:  # so that logged steps, multiples too, have it
             return 0.0
         if step >= self.end:
             return self.alpha

@@ -168,6 +168,6 @@ def test_fills_are_drawn_from_the_law_by_the_batch_s_own_uniforms():
 def test_the_weight_rises_from_start_to_end_and_rests_between():
     critic = Critic(0.5, start=4, end=8, every=2)
     found = {step: critic.alpha_at(step) for step in range(11)}
-    assert {step: alpha for step, alpha in found.items() if alpha} == {6: 0.25, 8: 0.5, 10: 0.5}
+    assert {step: alpha for step, alpha in found.items() if alpha} == {5: 0.125, 7: 0.375, 9: 0.5}
     assert Critic(0.5, start=3).alpha_at(2) == 0 and Critic(0.5, start=3).alpha_at(3) == 0.5
     assert Critic(0.0).alpha_at(9) == 0
