@@ -60,7 +60,7 @@ def gradients(config, layers=None, rank: int = 0, size: int = 1) -> dict:
             values = torch.cat([noisy_values(table[name], 5, item.box, 0, item.numel) for item in boxes[name]])
             parameter.zero_().view(-1)[: len(values)] = values
     corrupted = whole_batch(config, data, 0)
-    loss, _ = objective_of(config)(model, corrupted, 6)  # all heads are trained in that step
+    loss, _ = objective_of(config)(model, corrupted, 8)  # all heads are trained in that step
     loss.backward()
     return {name: (boxes[name], p.grad.view(-1).numpy()) for name, p in model.named_parameters()}
 
