@@ -1,11 +1,11 @@
 """Whether the length of an answer follows the question: conversations whose answers have 1 to 60 characters.
 
-    python benchmarks/benchmark_sft.py [--json] [--policies none random full] [--steps 1500] [--seed 1] [--folder DIR]
+    python benchmarks/benchmark_sft.py [--json] [--policies none random full] [--steps 800] [--seed 1] [--folder DIR]
 
-A question such as `r07x` asks for x seven times, `u07x` for seven letters from x on (after z comes a). A tenth of the
-3120 questions is held out. For each value of data.answer_padding a model of its own is trained from scratch on the
+A question such as `r07x` asks for x seven times, `a07x` for x and X in turns, seven in all. A tenth of the 3120
+questions is held out. For each value of data.answer_padding a model of its own is trained from scratch on the
 others, on one CPU thread, and answers the held-out questions at temperature 0: whole canvases and blocks of 16, with
-canvases of 61 (the longest answer and its end), 72, and the very length of each true answer. What stands before the
+canvases of 61 (the longest answer and its end), 71, and the very length of each true answer. What stands before the
 first end token is the answer; without one, all of the canvas. A canvas that is all answer gives r = null.
 """
 
@@ -17,7 +17,6 @@ import string
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -34,25 +33,24 @@ from dlm_scale.data.prepare import prepare
 from dlm_scale.inference import load_for_inference
 from dlm_scale.sampling import generate
 
-LONGEST, SEQ_LEN, BLOCK, ROWS = 60, 96, 16, 32
-LETTERS = string.ascii_lowercase
-MODEL = {"num_layers": 3, "hidden_size": 64, "num_heads": 4, "seq_len": SEQ_LEN}
-CANVASES = {"61": LONGEST + 1, "72": 72, "exact": None}
+LONGEST, SEQ_LEN, BLOCK, ROWS = 60, 80, 16, 32
+MODEL = {"num_layers": 3, "hidden_size": 64, "num_heads": 2, "seq_len": SEQ_LEN, "position": "learned"}
+TEMPLATE = """{% for m in messages %}<|im_start|>{{ m.role[0] }}{{ m.content }}<|im_end|>{% endfor %}
+{% if add_generation_prompt %}<|im_start|>a{% endif %}"""  # shorter rows than chatml's
+CANVASES = {"61": LONGEST + 1, "71": SEQ_LEN - 9, "exact": None}
 DECODINGS = {"whole": {"block_size": None, "passes": 16}, "blocks": {"block_size": BLOCK, "passes": 32}}
 
 
 def answer_to(question: str) -> str:
-    kind, count, first = question[0], int(question[1:3]), question[3]
-    if kind == "r":
-        return first * count
-    return "".join(LETTERS[(LETTERS.index(first) + i) % len(LETTERS)] for i in range(count))
+    kind, count, letter = question[0], int(question[1:3]), question[3]
+    return letter * count if kind == "r" else (letter + letter.upper()) * (count // 2) + letter * (count % 2)
 
 
 def write_conversations(path: Path) -> None:
     """All questions, one conversation a line."""
     with open(path, "w") as file:
-        for question in (f"{kind}{count:02d}{letter}" for kind in "ru" for count in range(1, LONGEST + 1)
-                         for letter in LETTERS):  # fmt: skip
+        for question in (f"{kind}{count:02d}{letter}" for kind in "ra" for count in range(1, LONGEST + 1)
+                         for letter in string.ascii_lowercase):  # fmt: skip
             messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer_to(question)}]
             file.write(json.dumps({"messages": messages}) + "\n")
 
@@ -64,8 +62,9 @@ def train(folder: Path, policy: str, steps: int, seed: int) -> float:
         "data": {"train": f"{folder}/data/train", "validation": f"{folder}/data/val", "answer_padding": policy},
         "train": {"global_batch_size": ROWS, "micro_batch_size": ROWS, "num_steps": steps, "precision": "fp32",
                   "out": f"{folder}/{policy}", "seed": seed, "log_every": 50, "eval_every": 0, "save_every": 0,
-                  "eval_rows": 64, "device": "cpu"},
-        "optimizer": {"name": "muon", "learning_rate": 3e-3, "muon_learning_rate": 0.02, "warmup_steps": 50},
+                  "eval_rows": 64, "ema_decay": 0.98, "device": "cpu"},
+        "optimizer": {"name": "muon", "learning_rate": 3e-3, "muon_learning_rate": 0.02, "warmup_steps": 50,
+                      "min_learning_rate_ratio": 0.0},
     }  # fmt: skip
     path = folder / f"{policy}.yaml"
     path.write_text(dump_yaml(config))
@@ -137,7 +136,7 @@ def measure(folder: Path, policy: str, steps: int, seed: int) -> dict[str, objec
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--policies", nargs="+", default=["none", "random", "full"])
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="where data and runs are kept; default: nowhere")
     args = parser.parse_args()
@@ -147,8 +146,9 @@ def main() -> None:
         folder = args.folder or Path(temporary)
         folder.mkdir(exist_ok=True)
         write_conversations(folder / "questions.jsonl")
+        (folder / "template.jinja").write_text(TEMPLATE)
         if not (folder / "data").exists():
-            prepare(str(folder / "questions.jsonl"), "char", folder / "data", text_key="messages", chat="chatml", workers=1)
+            prepare(str(folder / "questions.jsonl"), "char", folder / "data", text_key="messages", chat=str(folder / "template.jinja"), workers=1)
         for policy in args.policies:
             results[policy] = measure(folder, policy, args.steps, args.seed)
             print(policy, json.dumps(results[policy]), file=sys.stderr)
