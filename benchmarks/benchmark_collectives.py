@@ -188,9 +188,9 @@ def watch_gradients() -> dict[str, int]:
 
     held, clip = {}, step.clip_by_global_norm
 
-    def watched(trainer, limit):
+    def watched(trainer, *options):
         held["gradients"] = gradient_bytes(trainer)
-        return clip(trainer, limit)
+        return clip(trainer, *options)
 
     step.clip_by_global_norm = watched
     return held

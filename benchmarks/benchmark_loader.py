@@ -2,8 +2,8 @@
 
     python benchmarks/benchmark_loader.py [--json] [--repeats 15] [--only speed packing sparse wait]
 
-speed: `data.rows` (order, reading, check of every id, int64) of a dataset of 60 million uint16 tokens, B 32, L 1024,
-beside get_batch as nanoGPT defines it: open the file anew, stack inputs and targets as int64 tensors. `ratio_*` are
+speed: `data.rows` (order, reading, check of every id, int64) of a dataset of `--tokens` (60 million) uint16 tokens, B 32,
+L 1024, beside get_batch as nanoGPT defines it: open the file anew, stack inputs and targets as int64 tensors. `ratio_*` are
 medians over turns; `ratio_ids_windows` is against get_batch without its targets. `batch_*`: noised micro-batches.
 packing: time and memory of the plan of so many million documents (lognormal lengths, median 500 tokens), share used.
 sparse: a file of 100 GB without blocks; seconds and resident memory from before opening to the first batch, seek_ms to
@@ -41,7 +41,7 @@ from dlm_scale.data.prepare import prepare
 from dlm_scale.engine.step import micro_batch
 
 B, L = 32, 1024
-TOKENS, SPARSE_TOKENS, CALLS = 60_000_000, 50_000_000_000, 20
+SPARSE_TOKENS, CALLS = 50_000_000_000, 20
 TYPE = np.dtype("<u2")
 
 
@@ -66,14 +66,11 @@ def document_lengths(count: int) -> np.ndarray:
     return np.maximum(1, np.random.default_rng(0).lognormal(np.log(500), 1, count)).astype(np.int64)
 
 
-def write_random(path: Path) -> None:
-    np.random.default_rng(1).integers(0, 50257, TOKENS).astype(TYPE).tofile(path)
-
-
-def random_dataset(folder: Path) -> str:
-    ends = np.cumsum(document_lengths(TOKENS // 500))
-    bounds = np.concatenate([[0], ends[ends < TOKENS], [TOKENS]])
-    return write_dataset(folder, np.diff(bounds), write_random)
+def random_dataset(folder: Path, tokens: int) -> str:
+    ends = np.cumsum(document_lengths(tokens // 500))
+    bounds = np.concatenate([[0], ends[ends < tokens], [tokens]])
+    ids = np.random.default_rng(1).integers(0, 50257, tokens).astype(TYPE)
+    return write_dataset(folder, np.diff(bounds), ids.tofile)
 
 
 def get_batch(path: str, with_targets: bool = True) -> list[torch.Tensor]:
@@ -84,8 +81,8 @@ def get_batch(path: str, with_targets: bool = True) -> list[torch.Tensor]:
     return [torch.stack([torch.from_numpy(data[i + s : i + s + L].astype(np.int64)) for i in starts]) for s in shifts]
 
 
-def speed(folder: Path, repeats: int) -> dict[str, float]:
-    prefix = random_dataset(folder / "random")
+def speed(folder: Path, repeats: int, tokens: int) -> dict[str, float]:
+    prefix = random_dataset(folder / "random", tokens)
     mixture = [{"path": prefix, "weight": 3.0}, {"path": prefix, "weight": 1.0}]
     opened = {f"{kind}_{name}": open_data(source, L, 1, packing)
               for kind, packing in (("windows", "none"), ("packed", "best_fit"))
@@ -114,8 +111,9 @@ def noised(data, prefix: str) -> Callable[[np.ndarray], object]:
         "model": {"num_layers": 1, "hidden_size": 64, "num_heads": 1, "seq_len": L}, "data": {"train": prefix},
         "train": {"global_batch_size": B, "micro_batch_size": B, "num_steps": 1, "out": "unused"},
         "optimizer": {"learning_rate": 1e-3}})  # fmt: skip
-    trainer, t_B = SimpleNamespace(config=config, vocabulary=data.vocabulary), (np.arange(B) + 0.5) / B
-    return lambda sample_B: micro_batch(trainer, data, sample_B, t_B)
+    runtime = SimpleNamespace(device=torch.device("cpu"))
+    trainer = SimpleNamespace(config=config, vocabulary=data.vocabulary, runtime=runtime)
+    return lambda sample_B: micro_batch(trainer, data, sample_B, (np.arange(B) + 0.5) / B)
 
 
 def packing(folder: Path, millions: int = 10) -> dict[str, float]:
@@ -178,13 +176,14 @@ def main() -> None:
     parser.set_defaults(repeats=15)
     parser.add_argument("--only", nargs="+", choices=["speed", "packing", "sparse", "wait"],
                         default=["speed", "packing", "sparse", "wait"])  # fmt: skip
+    parser.add_argument("--tokens", type=int, default=60_000_000, help="of the dataset of speed")
     parser.add_argument("--open", metavar="PREFIX", help="only open this dataset and read a batch")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.open:
         return print(json.dumps(open_once(args.open)))
     results = {"benchmark": "loader", "repeats": args.repeats, **machine()}
-    parts = {"speed": lambda f: speed(f, args.repeats), "packing": packing, "sparse": sparse, "wait": wait}
+    parts = {"speed": lambda f: speed(f, args.repeats, args.tokens), "packing": packing, "sparse": sparse, "wait": wait}
     with tempfile.TemporaryDirectory() as folder:
         for name in args.only:
             results |= parts[name](Path(folder))

@@ -44,7 +44,7 @@ def synthetic_config(path: str, overrides: Sequence[str]) -> Any:
 
     vocabulary = load_config(path, overrides).data.synthetic_vocab_size or GPT2_WITH_MASK
     fixed = {"data.train": "synthetic", "data.validation": "null", "data.synthetic_vocab_size": vocabulary,
-             "train.out": "unused", "train.num_steps": 10 * MAX_STEPS}
+             "train.out": "unused", "train.target_param_data_ratio": "null", "train.num_steps": 10 * MAX_STEPS}
     return load_config(path, [*overrides, *(f"{key}={value}" for key, value in fixed.items())])
 
 

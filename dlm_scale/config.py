@@ -21,6 +21,7 @@ from dlm_scale.config_checks import Problem, batch_text, cross_problems
 from dlm_scale.config_sections import (
     DataConfig,
     DiffusionConfig,
+    GaussianConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
@@ -52,6 +53,7 @@ class Config(Section):
     model: ModelConfig
     objective: ObjectiveConfig = ObjectiveConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
+    gaussian: GaussianConfig = Field(default_factory=GaussianConfig)
     data: DataConfig
     parallel: ParallelConfig = ParallelConfig()
     train: TrainConfig
@@ -60,8 +62,23 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        _raise_if(list(cross_problems(self)))
-        return self
+        config = _batch_in_rows(self)
+        _raise_if(list(cross_problems(config)))
+        config.model._gaussian = config.gaussian if config.objective.kind == "gaussian" else None
+        return config
+
+
+def _batch_in_rows(config: Config) -> Config:
+    """train.total_batch_size is another way to say train.global_batch_size: only the latter is left."""
+    tokens, length = config.train.total_batch_size, config.model.seq_len
+    if tokens is None:
+        return config
+    if tokens % length:
+        near = " or ".join(str(rows * length) for rows in (tokens // length, tokens // length + 1) if rows)
+        text = f"= {tokens} tokens are no whole number of rows of model.seq_len = {length}: set {near}"
+        _raise_if([("train.total_batch_size", text)])
+    rows = {"total_batch_size": None, "global_batch_size": tokens // length}
+    return config.model_copy(update={"train": config.train.model_copy(update=rows)})
 
 
 def resolve_batch(config: Config, data_parallel_size: int) -> int:

@@ -8,10 +8,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationInfo,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 TIED_UP_TO_WIDTH = 1024  # models up to about 350M parameters share the embedding and the head
 FFN_MULTIPLE = 128
+HEAD_WIDTH_OF_DEPTH = 64
 
 Positive = Annotated[int, Field(gt=0, lt=2**63)]
 NonNegative = Annotated[int, Field(ge=0, lt=2**63)]
@@ -20,6 +31,10 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
+
+
+BOTH = "{key} = {value} in the same section says this quantity too; give one of the two (null takes the other out)"
+ALTERNATIVE = Field(None, validate_default=True)  # for a key with _unless_given
 
 
 class Section(BaseModel):
@@ -35,6 +50,24 @@ class Section(BaseModel):
         return {k: v for k, v in values.items() if v is not None or k not in cls.model_fields}
 
 
+def _default_weighting(values: dict[str, Any]) -> str:
+    return "simple" if values["time_loss_weighting"] is False else "count"
+
+
+def _unless_given(other: str) -> AfterValidator:
+    """Of a key whose quantity `other`, a key above it, can say too: exactly one of the two is given."""
+
+    def check(value: Any, info: ValidationInfo) -> Any:
+        given = info.data.get(other)
+        if other in info.data and value is None and given is None:
+            raise PydanticCustomError("missing", "missing")
+        if value is not None and given is not None:
+            raise PydanticCustomError("both", BOTH, {"key": other, "value": given})
+        return value
+
+    return AfterValidator(check)
+
+
 def _default_ffn_size(values: dict[str, Any]) -> int:
     """4d for GELU; for gated ones 8d/3, up to a multiple of 128, so that both cost about the same."""
     width = values["hidden_size"]
@@ -44,6 +77,7 @@ def _default_ffn_size(values: dict[str, Any]) -> int:
 class ModelConfig(Section):
     """The transformer's shape. What is left out is derived, and written out in the resolved config."""
 
+    depth: Positive | None = Field(None, exclude=True)  # says the next three: so many layers, and heads of width 64
     num_layers: Positive
     hidden_size: Positive
     num_heads: Positive
@@ -71,22 +105,88 @@ class ModelConfig(Section):
     head_transform: bool = False  # dense, GELU and norm before the output table, as in BERT
     head_bias: bool = False
     logit_shift: bool = False  # token i is predicted from position i-1, as an autoregressive model does
+    critic: bool = False  # a head that says which ids of a filled text are wrong
+    labels: bool = False  # a head of objective.kind = token_classification
+    score: bool = False  # a head of objective.kind = sequence_scoring
+    sampler_head: bool = False  # a head that predicts an id from those beside it too
     init_from: Text | None = None  # start from the weights of this checkpoint
+    _gaussian: GaussianConfig | None = PrivateAttr(None)
+
+    @property
+    def gaussian(self) -> GaussianConfig | None:
+        """The section of that name where it is the objective's, which Config lends to the shape: it has widths in it."""
+        return self._gaussian
+
+    @model_validator(mode="before")
+    @classmethod
+    def _depth_is_a_shape(cls, values: Any) -> Any:
+        """The resolved config shows what model.depth stands for instead of it."""
+        depth = values.get("depth") if isinstance(values, Mapping) else None
+        if type(depth) is not int or depth < 1:
+            return values
+        if values.get("num_layers") is not None:
+            text = "= {depth} and model." + BOTH
+            problem = "model.depth", text.format(depth=depth, key="num_layers", value=values["num_layers"])
+            raise PydanticCustomError("problems", "{text}", {"text": " ".join(problem), "all": [problem]})
+        shape = {"num_layers": depth, "hidden_size": HEAD_WIDTH_OF_DEPTH * depth, "num_heads": depth}
+        return shape | {k: v for k, v in values.items() if k != "depth" and (v is not None or k not in shape)}
 
 
 class ObjectiveConfig(Section):
-    """What the network learns: to fill in masked tokens, or its autoregressive twin to predict the next one."""
+    """What the network learns: to fill in masked tokens, its autoregressive twin to predict the next one, Gaussian
+    diffusion to denoise token vectors; or of a text some of whose tokens were replaced, which they are, or how many. Then
+    what changes the weights of the loss."""
 
-    kind: Literal["masked", "autoregressive"] = "masked"
+    kind: Literal["masked", "autoregressive", "gaussian", "token_classification", "sequence_scoring"] = "masked"
+    label_smoothing: BelowOne = 0.0
+    mask_ratio_power: NonNegativeFloat = 0.0  # a row's mean loss weighs (masked share)**-power; 0 = off
+    entropy_threshold: Ratio = 0.0  # a row weighs 1 / (entropy of the wrong ids, at least this); 0 = off
+    judge: Text | None = None  # a checkpoint of kind sequence_scoring, whose doubt weighs a row
+    judge_exponent: PositiveFloat = 1.0
+    critic_alpha: NonNegativeFloat = 0.0  # weight of the critic's loss; 0 = off
+    critic_start: NonNegative = 0  # step: the weight rises from 0 there ...
+    critic_end: NonNegative = 0  # ... to critic_alpha here (default: at once)
+    critic_every: Positive = 1  # in every n-th step
+    critic_detach: bool = False  # the trunk learns nothing from it
+    critic_scope: Literal["masked_only", "masked_and_visible"] = "masked_only"
+    critic_weighting: bool = False  # masked tokens weigh as much as the critic doubts them
+    sampler_alpha: NonNegativeFloat = 0.0  # weight of the sampler head's loss; 0 = off
+    sampler_start: NonNegative = 0  # the first step that has it
+
+
+def _default_loss(values: dict[str, Any]) -> str:
+    return "ce" if values["prediction"] == "x0_softmax" else "vlb"
+
+
+class GaussianConfig(Section):
+    """Diffusion of token vectors, with objective.kind = gaussian only."""
+
+    schedule: Literal["cosine", "linear", "sqrt"] = "cosine"
+    num_steps: Annotated[int, Field(ge=2, le=1_000_000)] = 1000  # of the forward process, whose bound is evaluated
+    max_snr: PositiveFloat = 20.0  # where the process begins and a sample ends (Plaid: exp 3)
+    prediction: Literal["x0_softmax", "v", "eps"] = "x0_softmax"
+    loss: Literal["ce", "vlb", "mse"] = Field(default_factory=_default_loss)
+    embedding_dim: Annotated[int, Field(ge=2, lt=2**20)] = 32
+    embeddings: Literal["unit_norm", "fixed", "free"] = "unit_norm"  # fixed: of length 1 and never trained
+    self_conditioning: bool = False
 
 
 class DiffusionConfig(Section):
     """The forward process and the weighting of the loss."""
 
     schedule: Literal["linear", "loglinear", "poly", "cosine", "cosine2", "cos", "geometric"] = "linear"
-    weighting: Literal["count", "elbo", "exact", "simple"] = "count"
+    time_loss_weighting: bool | None = None  # false: weighting = simple, true: another; none: as weighting says
+    weighting: Literal["count", "elbo", "exact", "simple"] = Field(default_factory=_default_weighting)
+    num_diffusion_steps: NonNegative = 0  # times are rounded up to k/N; 0: continuous
     attention_anneal_steps: NonNegative = 0  # from causal to full attention, after autoregressive weights
-    z_loss: NonNegativeFloat = 0.0  # times the squared log-sum-exp of each masked token, in the loss only
+    z_loss: NonNegativeFloat = 0.0  # times the squared log-sum-exp of each token with loss, in the loss only
+    edit_stage_start: Ratio = 1.0  # share of the steps before visible tokens are corrupted too; 1: never
+    corruption_prob: Ratio = 0.1  # of a substitution, an insertion, a deletion at each place
+    anneal_corruption: bool = True  # from 0 at the start of the stage, reached at its half
+    insertion_corruption: bool = True  # needs <|delete|> among the special tokens
+    deletion_corruption: bool = False  # needs <|gap|> among them
+    visible_loss: Literal["all", "corrupted"] = "all"  # which visible tokens carry loss in the stage
+    visible_subsample: Annotated[float, Field(gt=0, le=1)] = 1.0  # each keeps its loss so often, and weighs 1/r
 
 
 class Source(Section):
@@ -148,6 +248,7 @@ class DataConfig(Section):
     order: Literal["shuffled", "sharded"] = "shuffled"  # sharded: may still be in preparation
     answer_padding: Literal["none", "random", "full"] = "random"  # end tokens after the answers of conversations
     random_length_share: Ratio = 0.0  # of the training rows, cut to a length uniform on 1..seq_len
+    prompt_dropout: BelowOne = 0.0  # of the prompts are masked, for classifier-free guidance
     skip_samples: Annotated[
         tuple[tuple[NonNegative, NonNegative], ...], BeforeValidator(_sample_ranges), AfterValidator(_ascending)
     ] = ()
@@ -173,11 +274,13 @@ class ParallelConfig(Section):
 
 class TrainConfig(Section):
     """Batch, length, precision, cadences and the run folder. Batches count sequences; cadences count steps, 0 = never
-    but at the ends of the run."""
+    but at the ends of the run. The resolved config shows global_batch_size and num_steps, however they were said."""
 
-    global_batch_size: Positive
+    total_batch_size: Positive | None = Field(None, exclude=True)  # tokens: model.seq_len x global_batch_size
+    global_batch_size: Annotated[Positive | None, _unless_given("total_batch_size")] = ALTERNATIVE
     micro_batch_size: Positive
-    num_steps: Positive
+    target_param_data_ratio: PositiveFloat | None = None  # tokens a parameter, which give num_steps (train.py)
+    num_steps: Annotated[Positive | None, _unless_given("target_param_data_ratio")] = ALTERNATIVE
     precision: Literal["fp32", "bf16"] = "bf16"
     activation_checkpoint_every: NonNegative = 0  # 0 none, 1 every block, n every n-th
     log_every: Positive = 10
@@ -206,6 +309,7 @@ class OptimizerConfig(Section):
 
     name: Literal["adamw", "muon"] = "adamw"  # muon: hidden matrices; AdamW for the rest
     learning_rate: PositiveFloat  # of AdamW
+    embedding_learning_rate: PositiveFloat | None = None  # of the vocabulary tables; none: learning_rate
     muon_learning_rate: PositiveFloat = 0.01
     muon_momentum: BelowOne = 0.95
     min_learning_rate_ratio: Ratio = 0.1

@@ -1,4 +1,4 @@
-"""`dlm evaluate CKPT`: likelihoods (one process or data-parallel), generated text, sweeps, the zero-shot suite."""
+"""`dlm evaluate CKPT`: likelihoods, generated text, sweeps, the zero-shot suite; alone or on many ranks."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import argparse
 import difflib
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dlm_scale.cli import launched_main
 from dlm_scale.errors import UsageError
+from dlm_scale.parallel.dist_env import dist_env, from_first
+from dlm_scale.parallel.mesh import check_layout
 
 LIKELIHOODS = ("nelbo", "duel", "l2r")
 ORDERS = ("max_prob", "margin", "entropy", "entropy_bounded", "threshold")
@@ -26,8 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch_size", type=int, default=16, help="rows a forward pass (default 16)")
     add("--seed", type=int, default=0, help="of masks and samples; the same for checkpoints to be compared")
     add("--json", action="store_true", help="only one JSON object on stdout")
+    add("--tensor_parallel_size", type=int, default=1, metavar="T", help="ranks that share one model (default 1)")
     _add_likelihood_arguments(parser.add_argument_group("likelihood of a dataset (what is done without further flags)"))
-    _add_text_arguments(parser.add_argument_group("quality of generated text, in one process"))
+    _add_text_arguments(parser.add_argument_group("quality of generated text"))
     suite = parser.add_argument_group("zero-shot likelihoods")
     suite.add_argument("--suite", choices=("mdlm",), help="the held-out sets of MDLM's zero-shot table")
     suite.add_argument("--from", dest="source", metavar="DIR", help="NAME.jsonl or NAME.parquet instead of the Hub")
@@ -37,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_likelihood_arguments(group: Any) -> None:
     add = group.add_argument
     add("--data", metavar="PREFIX", help="dataset prefix; default: the run's data.validation")
-    add("--max_rows", type=int, help="evaluate the first N rows only")
+    add("--max_rows", type=int, metavar="N", help="evaluate N rows, spread evenly over the set (default: all)")
+    add("--eval_tokens", type=int, metavar="N", help="the same in tokens: as many whole rows as fit into N")
     add("--likelihood", choices=LIKELIHOODS, default="nelbo",
         help="nelbo: the bound; duel, l2r: exact, of the sampler with --order, or from left to right (default nelbo)")
     add("--estimator", choices=ESTIMATORS, help="of the bound; default: pairs where --num_draws is a multiple of 4")
@@ -50,7 +55,7 @@ def _add_text_arguments(group: Any) -> None:
     add = group.add_argument
     add("--samples", metavar="FILE", help="score these samples: JSON Lines with text and, if there, tokens and nfe")
     add("--generate", type=int, metavar="N", help="score N samples made now, by --sampler in --steps")
-    add("--sampler", default="ancestral", help="of --generate (default ancestral; autoregressive: left_to_right)")
+    add("--sampler", help="of --generate (default ancestral; autoregressive: left_to_right)")
     add("--sweep", metavar="S1,S2", help="samplers: quality against passes at all --steps, to OUT.png and OUT.json")
     add("--steps", default="0", metavar="N1,N2", help="most passes a sample; 0: as many as tokens (default 0)")
     add("--length", type=int, help="tokens a sample (default: the context length)")
@@ -66,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     check_arguments(args)
     from dlm_scale.engine.runtime import start_runtime, stop_runtime
 
-    runtime = start_runtime(args.device, 1)
+    runtime = start_runtime(args.device, args.tensor_parallel_size)
     evaluated, text = MODES[mode_of(args)]
     report = evaluated(args, runtime)
     if runtime.is_first:
@@ -96,10 +101,23 @@ def check_arguments(args: argparse.Namespace) -> None:
                          "independent halves give the standard error)")
     mode_of(args)
     _steps(args)
-    for name in ("batch_size", "max_rows", "tokens_per_step", "generate", "length"):
+    if args.max_rows is not None and args.eval_tokens is not None:
+        raise UsageError("--max_rows and --eval_tokens say the same quantity: give one of the two")
+    for name in ("batch_size", "max_rows", "eval_tokens", "tokens_per_step", "generate", "length",
+                 "tensor_parallel_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name}={value}: must be at least 1")
+    check_layout(dist_env().world_size, args.tensor_parallel_size, "--tensor_parallel_size")
+
+
+def _max_rows(args: argparse.Namespace, seq_len: int) -> int:
+    """Most rows of `seq_len` tokens to evaluate; 0: all."""
+    if args.eval_tokens is None:
+        return args.max_rows or 0
+    if args.eval_tokens < seq_len:
+        raise UsageError(f"--eval_tokens={args.eval_tokens}: less than one row, which has {seq_len} tokens")
+    return args.eval_tokens // seq_len
 
 
 def _steps(args: argparse.Namespace) -> list[int]:
@@ -113,11 +131,11 @@ def _steps(args: argparse.Namespace) -> list[int]:
 
 
 def load(path: str, args: argparse.Namespace, runtime: Any) -> Any:
-    """The checkpoint with the weights that --weights names."""
+    """The checkpoint with the weights that --weights names; each rank of a tensor-parallel group has a part of them."""
     from dlm_scale.inference import load_for_inference
 
-    use_ema = args.weights != "raw"
-    inference = load_for_inference(path, runtime.device.type, use_ema, local_rank=runtime.env.local_rank)
+    use_ema, local_rank = args.weights != "raw", runtime.env.local_rank
+    inference = load_for_inference(path, runtime.device.type, use_ema, local_rank, runtime.mesh)
     if args.weights == "ema" and inference.weights != "ema":
         raise UsageError(f"--weights=ema: {path} holds no averaged weights (train.ema_decay was 0)")
     return inference
@@ -133,7 +151,7 @@ def evaluate_likelihood(args: argparse.Namespace, runtime: Any) -> dict[str, Any
     prefix = args.data or first.config.data.validation
     if prefix is None:
         raise UsageError(f"--data is needed: the run of {args.checkpoint} had no validation set")
-    data = ValidationData(prefix, first.seq_len, args.max_rows or 0)
+    data = ValidationData(prefix, first.seq_len, _max_rows(args, first.seq_len))
     require_same_tokenizer(first.tokenizer_meta, data.meta, args.checkpoint, prefix)
     options = LikelihoodOptions(args.likelihood, args.estimator, args.num_draws, args.batch_size, args.seed, args.order,
                                 args.tokens_per_step)
@@ -141,21 +159,23 @@ def evaluate_likelihood(args: argparse.Namespace, runtime: Any) -> dict[str, Any
 
 
 def evaluate_text(args: argparse.Namespace, runtime: Any) -> dict[str, Any]:
-    """Samples of a file, or made now, under a judge, beside held-out text under the same judge."""
+    """Samples of a file, or made now, under a judge, beside held-out text under the same judge. Collective."""
     from dlm_scale.evaluation.generative import make_samples, read_samples, text_report
 
     inference, judge = _load_with_judge(args, runtime)
     if args.samples is not None:
         samples, made = read_samples(args.samples, inference.tokenizer), {}
     else:
-        check_samplers([args.sampler], inference)
-        options = _sampling_options(args, inference, args.sampler, _steps(args)[0])
-        samples, made = make_samples(inference, options), {"sampler": args.sampler, "steps": options.steps}
-    return made | text_report(samples, judge) | {"reference": _reference(args, inference, judge, len(samples))}
+        sampler = args.sampler or inference.default_sampler
+        check_samplers([sampler], inference)
+        options = _sampling_options(args, inference, sampler, _steps(args)[0])
+        samples = make_samples(inference, options, runtime.mesh)
+        made = {"sampler": sampler, "steps": options.steps}
+    return made | text_report(samples, judge) | {"reference": _reference(args, inference, judge, len(samples), runtime)}
 
 
 def evaluate_sweep(args: argparse.Namespace, runtime: Any) -> dict[str, Any]:
-    """Quality against passes for several samplers; writes OUT.json and OUT.png."""
+    """Quality against passes for several samplers; writes OUT.json and OUT.png. Collective."""
     from dlm_scale.evaluation.generative import sweep, text_line, write_sweep
 
     out = Path(args.out)
@@ -165,42 +185,56 @@ def evaluate_sweep(args: argparse.Namespace, runtime: Any) -> dict[str, Any]:
     samplers = args.sweep.split(",")
     check_samplers(samplers, inference)
     options = _sampling_options(args, inference, samplers[0], 0)
-    say = (lambda text: None) if args.json else print
-    reference = _reference(args, inference, judge, options.num_samples)
+    say = print if runtime.is_first and not args.json else lambda text: None
+    reference = _reference(args, inference, judge, options.num_samples, runtime)
     if reference is not None:
         say("held-out text: " + text_line(reference))
-    points = list(sweep(inference, judge, samplers, _steps(args), options, say))
+    points = list(sweep(inference, judge, samplers, _steps(args), options, say, runtime.mesh))
     document = {"points": points, "reference": reference, "step": inference.step, "weights": inference.weights,
                 "seed": args.seed, "length": options.length, "png": str(out.with_suffix(".png")),
                 "json": str(out.with_suffix(".json"))}
-    write_sweep(out, document)
+    if runtime.is_first:
+        write_sweep(out, document)
     return document
 
 
 def check_samplers(names: list[str], inference: Any) -> None:
-    """UsageError for a sampler that does not exist."""
-    from dlm_scale.evaluation.generative import LEFT_TO_RIGHT
-    from dlm_scale.sampling import SAMPLERS
+    """UsageError for a sampler that does not exist, or needs a head that the checkpoint has not."""
+    from dlm_scale.sampling.samplers import SAMPLERS, SAMPLERS_OF
+    from dlm_scale.sampling.settings import check_head
 
-    known = [LEFT_TO_RIGHT] if inference.is_autoregressive else list(SAMPLERS)
+    known = list(SAMPLERS_OF.get(inference.kind, SAMPLERS))
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             raise UsageError(f"sampler {name!r} is none for this checkpoint"
                              + (f"; did you mean {near[0]!r}?" if near else f"; choose of: {', '.join(known)}"))
+        if name in SAMPLERS:
+            check_head(name, inference)
 
 
 def _load_with_judge(args: argparse.Namespace, runtime: Any) -> tuple[Any, Any]:
-    from dlm_scale.evaluation.judges import NGRAM, causal_judge, ngram_judge, rows_for_judge
+    from dlm_scale.evaluation.judges import Judge
 
-    if runtime.mesh.world_size > 1:
-        raise UsageError("generated text is judged in one process: start `dlm evaluate` without a launcher")
     inference = load(args.checkpoint, args, runtime)
     if inference.tokenizer is None:
         raise UsageError(f"{args.checkpoint} was trained on synthetic tokens: it has no tokenizer, so no text to judge")
+    first = partial(from_first, runtime.is_first, 0, None)  # the judge stands on one rank, and all hear what it says
+    held = []
+
+    def name() -> str:
+        held.append(_judge(args, inference, runtime))
+        return held[0].name
+
+    return inference, Judge(first(name), lambda samples: first(lambda: held[0].score(samples)))
+
+
+def _judge(args: argparse.Namespace, inference: Any, runtime: Any) -> Any:
+    from dlm_scale.evaluation.judges import NGRAM, causal_judge, ngram_judge, rows_for_judge
+
     if args.judge != NGRAM:
-        return inference, causal_judge(args.judge, str(runtime.device))
-    return inference, ngram_judge(rows_for_judge(args.judge_text, inference), inference.vocabulary.size)
+        return causal_judge(args.judge, str(runtime.device))
+    return ngram_judge(rows_for_judge(args.judge_text, inference), inference.vocabulary.size)
 
 
 def _sampling_options(args: argparse.Namespace, inference: Any, sampler: str, steps: int) -> Any:
@@ -213,14 +247,15 @@ def _sampling_options(args: argparse.Namespace, inference: Any, sampler: str, st
                            args.batch_size)
 
 
-def _reference(args: argparse.Namespace, inference: Any, judge: Any, num_rows: int) -> dict[str, Any] | None:
+def _reference(args: argparse.Namespace, inference: Any, judge: Any, num_rows: int, runtime: Any) -> dict | None:
     """The same figures of held-out text, None where the checkpoint's validation set is not here."""
     from dlm_scale.data.loader import ValidationData
     from dlm_scale.evaluation.generative import reference_samples, text_report
 
     prefix = args.data or inference.config.data.validation
     if args.data is None and (prefix is None or not Path(f"{prefix}.bin").is_file()):
-        print("dlm evaluate: no held-out text to compare with: name one with --data", file=sys.stderr)
+        if runtime.is_first:
+            print("dlm evaluate: no held-out text to compare with: name one with --data", file=sys.stderr)
         return None
     data = ValidationData(prefix, args.length or inference.seq_len, num_rows)
     return text_report(reference_samples(data, inference.tokenizer, num_rows), judge)
@@ -234,7 +269,7 @@ def evaluate_suite(args: argparse.Namespace, runtime: Any) -> dict[str, Any]:
     inference = load(args.checkpoint, args, runtime)
     options = LikelihoodOptions(args.likelihood, args.estimator, args.num_draws, args.batch_size, args.seed, args.order,
                                 args.tokens_per_step)
-    return evaluate_sets(inference, args.sets, args.source, args.max_rows or 0, options, runtime)
+    return evaluate_sets(inference, args.sets, args.source, _max_rows(args, inference.seq_len), options, runtime)
 
 
 def sweep_text(report: dict[str, Any]) -> str:
@@ -268,7 +303,9 @@ def comparison_text(report: dict[str, Any]) -> str:
 
 def likelihood_text(report: dict[str, Any]) -> str:
     """One checkpoint's figures. `<=` marks a bound."""
-    sign, name = ("<=", "NELBO") if report["likelihood"] == "nelbo" else ("=", f"NLL ({report['likelihood']})")
+    bounds = {"nelbo": "NELBO", "vlb": "variational bound"}
+    sign, name = ("<=", bounds.get(report["likelihood"])) if report["likelihood"] in bounds else (
+        "=", f"NLL ({report['likelihood']})")
     width, width_mc = (1.96 * (report[key] or 0.0) for key in ("nelbo_se", "nelbo_se_mc"))
     text = (f"{name} {sign} {report['nelbo']:.4f} nats/token (95 % interval +- {width:.4f}, Monte-Carlo part "
             f"{width_mc:.4f}); perplexity {sign} {report['ppl']:.3f}; {report['tokens']:,} tokens, step "

@@ -39,8 +39,11 @@ class HarnessModel:
                      int(num_draws), sampler, int(steps), int(seed))
 
     def _set_up(self, inference: Any, batch_size: int, num_draws: int, sampler: str | None, steps: int, seed: int):
-        from dlm_scale.evaluation.generative import LEFT_TO_RIGHT
+        from dlm_scale.sampling.samplers import LEFT_TO_RIGHT
 
+        if inference.is_gaussian:
+            raise UsageError(f"{inference.checkpoint.path} is gaussian: it has no likelihood of a continuation given its "
+                             "context; take a masked or autoregressive checkpoint")
         if inference.tokenizer is None:
             raise UsageError(f"{inference.checkpoint.path} was trained on synthetic tokens: it reads no text")
         self.inference, self.batch_size, self.num_draws, self.seed = inference, batch_size, num_draws, seed

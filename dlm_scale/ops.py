@@ -27,6 +27,7 @@ from dlm_scale.kernels.linear_cross_entropy import (
     Scores,
     linear_cross_entropy_ref,
     linear_scores_ref,
+    wrong_entropy_ref,
 )
 from dlm_scale.kernels.masking import Masked, Noise, mask_tokens_ref
 
@@ -352,6 +353,14 @@ def linear_scores(
     else:
         run = _triton("linear_cross_entropy").linear_scores
     return run(hidden_ND, weight_VD, picked_id_N, bias_V, vocab_start, group, softcap)
+
+
+def wrong_entropy(
+    hidden_ND, weight_VD, target_N, bias_V=None, vocab_start=0, group=None, softcap: float | None = None
+) -> torch.Tensor:
+    """Entropy [N] of the ids that are not the target, in [0, 1]; no gradients. The torch reference everywhere: it runs
+    only where `objective.entropy_threshold` is set, at a third of the head's matmuls."""
+    return wrong_entropy_ref(hidden_ND, weight_VD, target_N, bias_V, vocab_start, group, softcap)
 
 
 def mask_tokens(x0_BL, sample_index_B, noise: Noise, *, backend: str | None = None, **options) -> Masked:

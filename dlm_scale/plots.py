@@ -30,7 +30,7 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def _draw_nelbo(axes, records) -> None:
-    steps = [r for r in records if "nelbo" in r]
+    steps = [r for r in records if r.get("nelbo") is not None]
     evaluations = [r for r in records if r.get("val_nelbo") is not None]
     if steps:
         axes.plot([r["step"] for r in steps], [r["nelbo"] for r in steps], lw=0.8, alpha=0.6, label="training estimate")

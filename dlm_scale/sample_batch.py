@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dlm_scale.errors import UsageError
-from dlm_scale.parallel.dist_env import DistEnv, dist_env, start_process_group
+from dlm_scale.parallel.dist_env import DistEnv, dist_env, from_first, start_process_group
 from dlm_scale.parallel.mesh import Mesh
 from dlm_scale.sampling.settings import FLAG, add_sampling_arguments, check_ranges, check_sampling
 from dlm_scale.sampling.settings import longest_canvas, num_steps, stream_settings
@@ -84,10 +84,8 @@ def _sample(job: Job) -> None:
 
     args = job.args
     inference = load_for_inference(args.checkpoint, args.device, local_rank=job.env.local_rank, mesh=job.mesh)
-    if inference.is_autoregressive:
-        raise UsageError(f"{args.checkpoint} is autoregressive: batches are for masked checkpoints so far; use dlm sample")
     settings = stream_settings(vars(args), inference)
-    _from_first(job.env.rank == 0, 0, None, lambda: _prepare(job, inference, settings))
+    from_first(job.env.rank == 0, 0, None, lambda: _prepare(job, inference, settings))
     if job.mesh.tensor_size == 1:
         stop_runtime()  # from here on no worker waits for another
     _sample_share(job, inference, settings)
@@ -145,24 +143,6 @@ def _shard(flag: "str | None", environ: Mapping[str, str]) -> tuple[int, int]:
     if (most - least) // step + 1 != count:
         raise UsageError("this Slurm array leaves out task numbers: give it as 0-7, or give --shard I/N")
     return (task - least) // step, count
-
-
-def _from_first(is_first: bool, first: int, group: Any, make: Callable[[], Any]) -> Any:
-    """What `make` gives on rank `first` of a group (None: of the world), on all its ranks; if it fails, all do."""
-    import torch.distributed as dist
-
-    if not dist.is_initialized():
-        return make()
-    failure, made = None, [False, None]
-    if is_first:
-        try:
-            made = [True, make()]
-        except UsageError as error:
-            failure = error
-    dist.broadcast_object_list(made, first, group=group)
-    if not made[0]:
-        raise failure or UsageError(f"rank {first} could not begin: see its message")
-    return made[1]
 
 
 def _prepare(job: Job, inference: Any, settings: dict) -> None:
@@ -226,7 +206,8 @@ def _reader(args: argparse.Namespace, inference: Any):
 
     longest = longest_canvas(vars(args), inference)
     chat = None if args.chat is None else inference.chat(args.chat)
-    return Reader(load_json, inference.tokenizer, inference.vocabulary, longest, args.max_new_tokens, chat)
+    return Reader(load_json, inference.tokenizer, inference.vocabulary, longest, args.max_new_tokens,
+                  inference.is_autoregressive, chat)
 
 
 def _identity(args: argparse.Namespace, inference: Any, settings: dict, described: dict) -> dict[str, Any]:
@@ -290,7 +271,7 @@ def _sample_share(job: Job, inference: Any, settings: dict) -> None:
     steps = np.array([num_steps(vars(args), inference, int(count)) for count in distinct])[place]
     with ExitStack() as held:
         make_plan = partial(_plan, job, inference, settings, (lengths, steps, num_open), held)
-        plan = _from_first(job.is_first, mesh.rank - mesh.tensor_rank, mesh.tensor_group, make_plan)
+        plan = from_first(job.is_first, mesh.rank - mesh.tensor_rank, mesh.tensor_group, make_plan)
         if plan is None:
             return
         if len(plan.todo):
@@ -324,16 +305,19 @@ def _make(job: Job, inference: Any, settings: dict, index: Any, plan: Plan, keys
     from dlm_scale.sampling.fixed_shape import FixedShapePredict
 
     args, (lengths, steps) = job.args, keys
-    predict = FixedShapePredict(inference.model, inference.vocabulary.mask_id, inference.device, _pass_shape(inference))
+    from dlm_scale.sampling.gaussian import one_by_one
+
+    fixed = one_by_one(inference.denoise) if inference.is_gaussian else FixedShapePredict(
+        inference.model, inference.vocabulary.mask_id, inference.device, _pass_shape(inference))
     progress = Progress(plan.num_mine, plan.num_mine - len(plan.todo), job.env.rank == 0)
     with open_regular(args.input) as file, _writer(job) as write:
-        maker = Maker(index, file, _reader(args, inference), inference, predict, settings, args.num_samples)
+        maker = Maker(index, file, _reader(args, inference), inference, fixed, settings, args.num_samples)
         for batch in batches(plan.todo, lengths, steps, args.num_samples, plan.batch_size):
             begun = time.perf_counter()
             rows = maker.make(batch, int(steps[batch[0] // args.num_samples]))
             write(batch, rows, time.perf_counter() - begun)
             progress.add(len(rows), maker.new_tokens)
-    progress.end(predict)
+    progress.end(fixed)
 
 
 @contextmanager
@@ -369,7 +353,7 @@ class Maker:
     file: Any
     reader: Any
     inference: Any
-    predict: Any
+    fixed: Any
     settings: dict
     num_samples: int
     new_tokens: int = 0
@@ -378,9 +362,9 @@ class Maker:
         """The rows of samples whose canvases have one length and `steps` steps."""
         import torch
 
-        from dlm_scale.sampling.engine import generate
         from dlm_scale.sampling.prompt_file import noise_address, read_request
         from dlm_scale.sampling.requests import finished
+        from dlm_scale.sampling.texts import states
 
         asked = {int(n): read_request(self.file, self.index[n], self.reader) for n in set(batch // self.num_samples)}
         requests = [(*asked[number], sample) for number, sample in zip(*map(list, divmod(batch, self.num_samples)))]
@@ -390,17 +374,23 @@ class Maker:
             torch.tensor([getattr(canvas, name) for canvas in canvases], device=self.inference.device)
             for name in ("ids", "is_fixed")
         )
+        predict = self._of_left_context if self.inference.is_autoregressive else self.fixed
         places = {"request_hashes": [low for low, _ in addresses], "sample_indices": [high for _, high in addresses]}
         try:
-            made = generate(self.predict, x_BL, is_fixed_BL, **places, **self.settings, num_steps=steps)
+            *_, made = states(self.inference, x_BL, is_fixed_BL, predict=predict, **places, **self.settings,
+                              num_steps=steps)  # fmt: skip
         except ValueError as error:  # settings that only the canvas shows to be impossible, a model that has diverged
             raise UsageError(f"cannot sample the requests of {len(x_BL[0])} tokens: {error}") from error
         self.new_tokens = sum(canvas.num_open for canvas in canvases)
         rows = []
-        for (request_id, canvas, sample), ids, nfe in zip(requests, made.ids_BL.tolist(), made.nfe_B.tolist()):
+        for (request_id, canvas, sample), ids, nfe in zip(requests, made.x_BL.tolist(), made.nfe_B.tolist()):
             one = finished(int(sample), ids, nfe, canvas, self.settings["stop_ids"], self.inference.tokenizer)
             rows.append({"id": request_id, "sample": one.index, "text": one.text, "tokens": one.ids, "nfe": one.nfe})
         return rows
+
+    def _of_left_context(self, x_BL: Any, rows_N: Any) -> Any:
+        read_BL, attention = self.inference.network_input(x_BL)
+        return self.fixed(read_BL, rows_N, attention)
 
 
 def _batch_size(job: Job, inference: Any, settings: dict, length: int, steps: int) -> int:
@@ -415,7 +405,11 @@ def _batch_size(job: Job, inference: Any, settings: dict, length: int, steps: in
         free = torch.cuda.mem_get_info(inference.device)[0]
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // job.env.local_world_size
-    looks_at_all = SELECTORS[resolve(settings["sampler"]).selector].score is not None
+    if inference.is_gaussian:
+        looks_at_all = True
+    else:
+        sampler = resolve(settings["sampler"], settings.get("allow_edits", False))
+        looks_at_all = sampler.edits or SELECTORS[sampler.selector].score is not None
     part = 1.0 if looks_at_all else min(1.0, 4 / steps)
     size = batch_size_for(free, length, inference.vocabulary.num_outputs, part)
     if job.env.rank == 0:
@@ -449,8 +443,14 @@ class Progress:
 
     def end(self, predict: Any) -> None:
         if self.is_shown and self.done > self.first:
-            share = 100 * predict.num_copies / max(1, predict.num_rows)
-            _say(f"{self._line()}; {share:.1f} % of the rows computed only filled up a pass")
+            _say(self._line() + copies_text(predict))
+
+
+def copies_text(predict: Any) -> str:
+    """What fixed shapes cost."""
+    if not getattr(predict, "num_rows", 0):
+        return ""
+    return f"; {100 * predict.num_copies / predict.num_rows:.1f} % of the rows computed only filled up a pass"
 
 
 def _merge(job: Job) -> int:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,12 +36,16 @@ def check(config_path: str, overrides: list[str], world: int) -> tuple[Any, Any,
     Makes the run folder. Raises UsageError.
     """
     from dlm_scale.config import load_config, resolve_batch
+    from dlm_scale.config_checks import config_warnings
     from dlm_scale.parallel.mesh import check_layout
 
     config = load_config(config_path, overrides)
     check_layout(world, config.parallel.tensor_parallel_size)
     resolve_batch(config, world // config.parallel.tensor_parallel_size)
+    for message in config_warnings(config):
+        say_on_first_rank(message)
     data, validation = open_datasets(config)
+    config = with_num_steps(config, data.vocabulary)
     check_resume_point(config, data)
     return config, data, validation
 
@@ -70,19 +76,37 @@ def _leave(code: int, world_size: int) -> int:
 
 def open_datasets(config: Any) -> tuple[Any, Any]:
     """Training and validation data (or None); both must be of one tokenizer."""
+    from dlm_scale.data.edit_tokens import edit_tokens
     from dlm_scale.data.loader import ValidationData, open_data, require_same_tokenizer
 
     source = f"synthetic:{config.data.synthetic_vocab_size}" if config.data.is_synthetic else config.data.train
     how = {key: getattr(config.data, key) for key in ("packing", "order", "answer_padding")}
     data = open_data(source, config.model.seq_len, config.train.seed, **how)
-    if config.objective.kind == "autoregressive" and is_chat(data):
-        raise UsageError("objective.kind=autoregressive: data.train holds conversations, which only masked diffusion takes "
-                         "so far; give text, or leave the objective out")
+    if config.objective.kind in ("autoregressive", "gaussian") and is_chat(data):
+        raise UsageError(f"objective.kind={config.objective.kind}: data.train holds conversations, which only masked "
+                         "diffusion takes so far; give text, or leave the objective out")
+    if config.diffusion.edit_stage_start < 1:
+        data = replace(data, edits=edit_tokens(data, config.diffusion.insertion_corruption,
+                                               config.diffusion.deletion_corruption))
     if config.data.validation is None:
         return data, None
     validation = ValidationData(config.data.validation, config.model.seq_len, config.train.eval_rows)
     require_same_tokenizer(data.tokenizer_meta, validation.meta, "data.train", "data.validation")
     return data, validation
+
+
+def with_num_steps(config: Any, vocabulary: Any) -> Any:
+    """The config with train.num_steps where train.target_param_data_ratio says it: the fewest steps that train on so
+    many tokens a parameter. The parameters, tables included, are known once the data, and so the vocabulary, are."""
+    from dlm_scale.model.parameters import count_parameters
+
+    ratio = config.train.target_param_data_ratio
+    if ratio is None:
+        return config
+    tokens_a_step = config.train.global_batch_size * config.model.seq_len
+    steps = math.ceil(ratio * count_parameters(config.model, vocabulary) / tokens_a_step)
+    train = config.train.model_copy(update={"target_param_data_ratio": None, "num_steps": steps})
+    return config.model_copy(update={"train": train})
 
 
 def is_chat(data: Any) -> bool:
@@ -97,6 +121,7 @@ def check_resume_point(config: Any, data: Any) -> None:
 
     out = Path(config.train.out)
     prepare_folder(out, config.train.resume, bool(list_checkpoints(out) or config.train.branch_from))
+    find_judge(config, data, partial(inspect_checkpoint, with_tensors=False))
     if find_resume_point(config, data, partial(inspect_checkpoint, with_tensors=False)) is None:
         find_origin(config, data, partial(inspect_checkpoint, with_tensors=False))
 
@@ -158,6 +183,18 @@ def find_origin(config: Any, data: Any, inspect: Callable) -> Any:
     return open_origin(path, config, data)
 
 
+def find_judge(config: Any, data: Any, inspect: Callable) -> Any:
+    """The checkpoint of the scorer that objective.judge names; None without it. Raises UsageError where it cannot judge
+    this run."""
+    if config.objective.judge is None:
+        return None
+    from dlm_scale.checkpoint.folders import find_checkpoint
+    from dlm_scale.engine.judge import check_judge
+
+    path, _ = find_checkpoint(Path(config.objective.judge), inspect)
+    return check_judge(path, config, data.tokenizer_meta)
+
+
 def check_same_run(checkpoint: Any, config: Any, data: Any) -> None:
     """Raises UsageError where the config or the tokens would change the result of the run in train.out."""
     from dlm_scale.config import config_from_text
@@ -181,6 +218,7 @@ def train(config: Any, data: Any, validation: Any) -> None:
     """
     from dlm_scale.checkpoint.folders import inspect_together
     from dlm_scale.engine.build import build_trainer
+    from dlm_scale.engine.judge import load_judge
     from dlm_scale.engine.runtime import start_runtime, stop_runtime
     from dlm_scale.engine.saving import all_gather_object, restore, start_fresh
     from dlm_scale.engine.session import Session
@@ -192,9 +230,11 @@ def train(config: Any, data: Any, validation: Any) -> None:
     inspect = inspect_together(runtime.env.rank, runtime.env.world_size, all_gather_object)
     checkpoint = find_resume_point(config, data, inspect, say_on_first_rank)
     origin = None if checkpoint else find_origin(config, data, inspect)
+    scorer = find_judge(config, data, inspect)
     session = Session(config, runtime, data)
     try:
-        trainer = build_trainer(config, runtime, data.vocabulary, has_segments=is_chat(data))
+        judge = scorer and load_judge(scorer, data.vocabulary, runtime.device, config.train.precision)
+        trainer = build_trainer(config, runtime, data.vocabulary, judge, is_chat(data))
         state = restore(trainer, checkpoint) if checkpoint else start_fresh(trainer, origin)
         with naming_lost_ranks(runtime.env):
             session.run(trainer, data, validation, state, checkpoint)

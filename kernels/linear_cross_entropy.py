@@ -26,6 +26,7 @@ CHUNK_BYTES = 64 << 20  # of logits at a time on a CPU: the table is read, and i
 BLOCK_BYTES = 1 << 20  # of float32 logits at a time on a CPU: all passes over them stay in the second-level cache
 WIDE_ROWS = 2048  # of the table, whose gradients are made in float32 at a time from 16-bit numbers
 GPU_CHUNK_ROWS = 8192
+NEGLIGIBLE = 1e-8  # a wrong id of a smaller share is not counted in the largest entropy that there could be
 LOWEST = -1e30  # below every logit; finite, so that a shard with no allowed id adds exp(-inf) = 0 and not NaN
 
 
@@ -296,3 +297,46 @@ def _chunk_scores(hidden_CD, weight_VD, column_C, bias_V, softcap):
     best_C = best_C.clamp(min=LOWEST)
     sum_C = z_CV.sub_(best_C[:, None]).exp_().sum(1)
     return best_C, sum_C, best_column_C, torch.where(is_here_C, picked_C, 0.0)
+
+
+@torch.no_grad()
+def wrong_entropy_ref(
+    hidden_ND, weight_VD, target_N, bias_V=None, vocab_start=0, group=None, softcap: float | None = None
+) -> torch.Tensor:
+    """Entropy [N] of the wrong ids by the share of its largest value, in [0, 1]; no gradients, no [N, V] tensor.
+
+    With q the softmax over all allowed ids but the target: -sum q ln q / ln(number of q above NEGLIGIBLE), 0 where at
+    most one is. The target is left out before the exponentials, so nothing cancels where its probability is near 1.
+    The rest as in linear_cross_entropy_ref.
+    """
+    wide = _wide(hidden_ND)
+    rows = max(16, CHUNK_BYTES // (len(weight_VD) * wide.itemsize))
+    parts = [
+        _chunk_wrong_entropy(hidden_CD, weight_VD, target_C - vocab_start, bias_V, group, softcap)
+        for hidden_CD, target_C in zip(hidden_ND.split(rows), target_N.split(rows))
+    ]
+    return torch.cat(parts) if parts else hidden_ND.new_empty(0, dtype=wide)
+
+
+def _chunk_wrong_entropy(hidden_CD, weight_VD, column_C, bias_V, group, softcap) -> torch.Tensor:
+    z_CV = (hidden_CD @ weight_VD.to(hidden_CD.dtype).t()).to(_wide(hidden_CD))
+    _softcap_(z_CV, softcap)
+    if bias_V is not None:
+        z_CV += bias_V
+    is_here_C1 = ((column_C >= 0) & (column_C < z_CV.shape[1]))[:, None]
+    column_C1 = column_C.clamp(0, z_CV.shape[1] - 1)[:, None]
+    z_CV.scatter_(1, column_C1, z_CV.gather(1, column_C1).masked_fill(is_here_C1, -torch.inf))
+    top_C = z_CV.amax(1).clamp_(min=LOWEST)
+    if group is not None:
+        dist.all_reduce(top_C, op=dist.ReduceOp.MAX, group=group)
+    below_CV = z_CV.sub_(top_C[:, None]).clamp_(min=-1e4)  # of a forbidden id: finite, and its exponential is 0
+    exp_CV = below_CV.exp()
+    sums = torch.stack([exp_CV.sum(1), below_CV.mul_(exp_CV).sum(1)])
+    if group is not None:
+        dist.all_reduce(sums, group=group)
+    count_C = (exp_CV > NEGLIGIBLE * sums[0][:, None]).sum(1)
+    if group is not None:
+        dist.all_reduce(count_C, group=group)
+    entropy_C = sums[0].log() - sums[1] / sums[0]
+    share_C = (entropy_C / count_C.clamp(min=2).to(entropy_C.dtype).log()).clamp(0, 1)
+    return torch.where(count_C > 1, share_C, 0.0)

@@ -224,6 +224,53 @@ def test_fewer_steps_than_warm_up_is_legal():
     assert load_config(TINY, ["train.num_steps=3", "optimizer.warmup_steps=100"]).train.num_steps == 3
 
 
+# ---- two ways to say one quantity -------------------------------------------------------------------------------
+
+NO_SHAPE = [f"model.{key}=null" for key in ("num_layers", "hidden_size", "num_heads", "ffn_size")]
+
+
+def test_depth_gives_the_shape_that_is_not_named():
+    """The seed's model: 12 layers and heads, width 768; what is named stays, and the resolved config has no depth."""
+    model = load_config(TINY, [*NO_SHAPE, "model.depth=12"]).model
+    assert (model.num_layers, model.hidden_size, model.num_heads, model.head_dim) == (12, 768, 12, 64)
+    named = [*NO_SHAPE, "model.num_layers=12", "model.hidden_size=768", "model.num_heads=12"]
+    assert model == load_config(TINY, named).model and "depth" not in model.model_dump()
+    model = load_config(TINY, [*NO_SHAPE, "model.depth=4", "model.hidden_size=512", "model.num_heads=4"]).model
+    assert (model.num_layers, model.hidden_size, model.head_dim) == (4, 512, 128)
+
+
+def test_a_batch_in_tokens_is_one_in_rows():
+    config = load_config(TINY, ["train.global_batch_size=null", "train.total_batch_size=4096"])
+    assert config == load_config(TINY) and config.train.global_batch_size == 4096 // config.model.seq_len == 32
+    message = refusal("train.global_batch_size=null", "train.total_batch_size=4000")
+    assert message.startswith("train.total_batch_size (command line) = 4000") and "set 3968 or 4096" in message
+    assert "model.seq_len = 128: set 128" in refusal("train.global_batch_size=null", "train.total_batch_size=5")
+    message = refusal("train.global_batch_size=null", "train.total_batch_size=4224")  # 33 rows in micro-batches of 16
+    assert message.startswith("train.global_batch_size") and "33 / (16 x 1)" in message
+
+
+@pytest.mark.parametrize(
+    ("given", "value", "owner"),
+    [
+        ("model.depth", 6, "model.num_layers"),
+        ("train.total_batch_size", 4096, "train.global_batch_size"),
+        ("train.target_param_data_ratio", 20, "train.num_steps"),
+    ],
+)  # fmt: skip
+def test_two_ways_exclude_each_other(given, value, owner):
+    message = refusal(f"{given}={value}")
+    assert given.split(".")[1] in message and owner.split(".")[1] in message and "give one of the two" in message
+    assert len(message.splitlines()) == 1
+    assert f"{owner} ({TINY}) is missing" in refusal(f"{owner}=null").replace("command line", str(TINY))
+    both_wrong = refusal(f"{given}=x", *(f"{key}=null" for key in [owner] if key.startswith("train.")))
+    assert both_wrong.startswith(f"{given} (command line) is 'x'") and len(both_wrong.splitlines()) == 1
+
+
+def test_the_ratio_waits_for_the_vocabulary():
+    config = load_config(TINY, ["train.num_steps=null", "train.target_param_data_ratio=20"])
+    assert config.train.num_steps is None and config_from_text(dump_config(config), "copy") == config
+
+
 # ---- the deepspeed section --------------------------------------------------------------------------------------
 
 
@@ -391,7 +438,7 @@ BLOCK_PARAMETERS = {  # of all blocks, from the table of sizes this project plan
     "llada_8b": 6979e6,
     "dlm_70b": 68.5e9,
 }
-TOTAL_PARAMETERS = {"shakespeare_char_tiny": 870_144, "llada_8b": 8_015_581_184}
+TOTAL_PARAMETERS = {"shakespeare_char_tiny": 870_144, "shakespeare_char_scorer": 870_272, "llada_8b": 8_015_581_184}
 
 
 def parameters(config: Config) -> tuple[int, int]:
@@ -402,7 +449,8 @@ def parameters(config: Config) -> tuple[int, int]:
     block += 2 * m.head_dim if m.qk_norm else 0
     outputs = v if v == 126464 else v - 1  # LLaDA's mask lies inside its vocabulary
     tables = v * m.hidden_size + (0 if m.tied else outputs * m.hidden_size)
-    return m.num_layers * block, m.num_layers * block + tables + m.hidden_size
+    heads = m.hidden_size * (m.critic + 2 * m.labels + m.score)
+    return m.num_layers * block, m.num_layers * block + tables + m.hidden_size + heads
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
@@ -412,7 +460,8 @@ def test_every_config_loads_has_its_size_and_round_trips(path, tmp_path):
     blocks, total = parameters(config)
     assert blocks == pytest.approx(BLOCK_PARAMETERS.get(path.stem, blocks), rel=2e-3)
     assert total == TOTAL_PARAMETERS.get(path.stem, total)
-    assert config.model.tied == (total < 4e8 and path.stem not in ("quickstart", *TOTAL_PARAMETERS, "shakespeare_char"))
+    is_untied = path.stem in ("quickstart", *TOTAL_PARAMETERS, "gaussian_depth12") or path.stem.startswith("shakespeare_char")
+    assert config.model.tied == (total < 4e8 and not is_untied)
     (tmp_path / "copy.yaml").write_text(dump_config(config))
     assert load_config(tmp_path / "copy.yaml") == config == config_from_text(dump_config(config), "copy")
     assert yaml.safe_load(dump_config(config))["train"]["wandb"] == "off"  # for readers of YAML 1.1 as well
@@ -420,6 +469,7 @@ def test_every_config_loads_has_its_size_and_round_trips(path, tmp_path):
 
 def test_the_planned_configs_are_there():
     names = "quickstart shakespeare_char shakespeare_char_tiny wikitext103_tiny wikitext103_small wikitext103_124m"
+    names += " char_diffusion sft depth12"
     assert set(f"{names} owt_124m owt_350m llada_1b llada_8b dlm_70b".split()) <= {p.stem for p in CONFIGS}
 
 

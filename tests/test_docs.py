@@ -33,6 +33,7 @@ DOCUMENTS = {str(p.relative_to(ROOT)): p.read_text(encoding="utf-8")
              for p in (ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "kernels" / "README.md",
                        *sorted((ROOT / "docs").glob("*.md")))}
 BLOCK = re.compile(r"(?:^<!-- ([^\n]*) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SECTIONS = "model|objective|gaussian|diffusion|data|parallel|train|optimizer"
 RUN, NOT_RUN = "run: tiny", "not run: "
 TINY_STEPS = 3
 TINY = ("model.num_layers=1 model.hidden_size=16 model.num_heads=2 model.ffn_size=32 train.global_batch_size=4 "
@@ -294,7 +295,7 @@ def test_the_guide_to_conversion_runs(sandbox):
 def test_only_documents_that_a_test_runs_ask_to_be_run():
     running = {block.document for block in BASH if block.directive == RUN}
     assert running == {"README.md", "docs/data.md", "docs/training.md", "docs/sampling.md", "docs/evaluation.md",
-                       "docs/conversion.md"}
+                       "docs/conversion.md", "docs/from_the_seeds.md"}
 
 
 def section(document: str, heading: str) -> str:
@@ -341,7 +342,7 @@ def test_files_keys_and_commands_that_are_named_exist(document):
     for span in spans(DOCUMENTS[document]):
         if re.fullmatch(r"(configs|docs|tools|tests|dlm_scale|kernels)/[\w./*-]*", span):
             assert list(ROOT.glob(span.rstrip("/"))), f"{document}: {span}"
-        for key in re.findall(r"\b((?:model|diffusion|data|parallel|train|optimizer)\.(?!py|md|log)[a-z]\w+)", span):
+        for key in re.findall(rf"\b((?:{SECTIONS})\.(?!py|md|log|bin)[a-z]\w+)", span):
             assert key in known_keys(), f"{document}: {key}"
         if match := re.match(r"dlm ([a-z]+)(.*)", span):
             is_known = match[1] in cli.COMMANDS

@@ -44,7 +44,7 @@ EXTERNAL = {  # rooms whose outside imports are limited, beside the standard lib
     "errors": set(),
     "deepspeed_keys": set(),
     "config_text": {"yaml"},
-    "config_sections": {"pydantic"},
+    "config_sections": {"pydantic", "pydantic_core"},
     "config_checks": set(),
     "config": {"pydantic", "pydantic_core"},
     "diffusion": {"torch", "numpy"},

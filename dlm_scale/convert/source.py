@@ -87,6 +87,8 @@ def _checkpoint_model(path: Path) -> Model:
     folder, _ = find_checkpoint(path)
     checkpoint = open_checkpoint(folder, verify=False)  # hashed just now
     config = config_from_text(checkpoint.document("config.yaml").decode(), f"{folder}/config.yaml")
+    if config.objective.kind == "gaussian":
+        raise UsageError(f"{folder} is of objective.kind=gaussian, which no other format carries: sample it with dlm sample")
     meta = _meta(checkpoint.document(TOKENIZER_DOCUMENT), f"{folder}/{TOKENIZER_DOCUMENT}")
     names = [name for name in checkpoint.manifest.files if not name.startswith("rank_")]
     documents = {name: checkpoint.document(name) for name in names}

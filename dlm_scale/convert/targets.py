@@ -22,7 +22,7 @@ from dlm_scale.convert.stores import INDEX_NAME, SINGLE_NAME, Store
 from dlm_scale.convert.tokenizers import tokenizer_files
 from dlm_scale.convert.writing import Entry, split_shards, write_target
 from dlm_scale.errors import UsageError
-from dlm_scale.model.parameters import ParameterSpec
+from dlm_scale.model.parameters import EXTRA_HEADS, ParameterSpec
 from dlm_scale.model.sharding import Box, local_boxes
 from dlm_scale.parallel.layers import padded_rows
 
@@ -32,8 +32,13 @@ Say = Callable[[str], None]
 
 def write_hf(model: Model, target: Path, *, dtype: str, slot: str, family: str, max_shard_bytes: int, say: Say) -> None:
     """A folder for `from_pretrained`: of our own class with all that it needs (family dlm_scale), or of another's."""
+    if model.shape.labels or model.shape.score:
+        raise UsageError(f"{model.path} is no language model (its head is model.{'labels' if model.shape.labels else 'score'}"
+                         "): a Hugging Face folder is one; convert it --to safetensors or --to dlm")
     own = family == "dlm_scale"
     entries = hf_entries(model, family, dtype, slot)
+    if dropped := [] if own else [name for name in model.table if name.startswith(EXTRA_HEADS)]:
+        say(f"left out, for {family} has no place for them: {', '.join(dropped)}")
     shards = split_shards(entries, max_shard_bytes)
     names = (
         [SINGLE_NAME]
@@ -53,9 +58,13 @@ def write_hf(model: Model, target: Path, *, dtype: str, slot: str, family: str, 
 
 
 def hf_entries(model: Model, family: str, dtype: str, slot: str) -> list[Entry]:
-    """The tensors of a model under the names of a family. Raises UsageError where it has no place for one."""
-    rows = own_rows(model.table) if family == "dlm_scale" else FAMILIES[family].rows
-    matches = match_tensors(rows, model.table, model.shape.num_layers)
+    """The tensors of a model under the names of a family; another's without the heads beside the output table. Raises
+    UsageError where it has no place for one."""
+    table, rows = model.table, own_rows(model.table)
+    if family != "dlm_scale":
+        table = {name: spec for name, spec in table.items() if not name.startswith(EXTRA_HEADS)}
+        rows = FAMILIES[family].rows
+    matches = match_tensors(rows, table, model.shape.num_layers)
     read = partial(_read_theirs, model, slot=slot)
     extra, dropped = FAMILIES[family].unfold(model.shape) if FAMILIES[family].unfold else ({}, ())
     by_name = {match.theirs: match for match in matches}

@@ -25,13 +25,17 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+LABEL = (  # what the user says is a label or a list of attributes, what the assistant says a text of that kind
+    "{% for message in messages %}{{ ('<|im_start|>' if message['role'] == 'user' else '') + message['content'] "
+    "+ '<|im_end|>' }}{% endfor %}"
+)
 ANSWERS = "assistant"
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 OPEN, CLOSE = "\ue000", "\ue001"  # around the number of a place holder; private characters, never in a template
 PLACE = re.compile(f"{OPEN}(\\d+){CLOSE}")
 
 
-TEMPLATES = {"chatml": CHATML}
+TEMPLATES = {"chatml": CHATML, "label": LABEL}
 
 
 class Turn(NamedTuple):

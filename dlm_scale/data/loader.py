@@ -28,7 +28,7 @@ from dlm_scale.data.rows import PackedDocuments, Windows, assemble, merge, pad_i
 from dlm_scale.data.sharded import ShardedRows
 from dlm_scale.data.stream import ShardStream
 from dlm_scale.data.tokenizer import load_tokenizer
-from dlm_scale.data.vocabulary import Vocabulary
+from dlm_scale.data.vocabulary import EditTokens, Vocabulary
 from dlm_scale.diffusion.rng import Stream, philox
 from dlm_scale.diffusion.segments import Rows
 from dlm_scale.errors import UsageError
@@ -44,6 +44,7 @@ class TrainingData:
     `num_rows` is one epoch (summed over the members of a mixture; None: not known yet); `fingerprint` identifies the
     tokens and what rows they make, wherever their files lie; `tokenizer_meta` is what a checkpoint keeps; `folder`
     holds the tokenizer (None: synthetic). Where `is_growing`, `rows` may wait for long, until `close` is called.
+    `edits`: ids for the edit stage (edit_tokens.py), None in a run without.
     """
 
     tokenizer_meta: TokenizerMeta
@@ -53,6 +54,7 @@ class TrainingData:
     rows: Callable[[np.ndarray], np.ndarray | Rows]
     is_growing: bool = False
     close: Callable[[], None] = lambda: None
+    edits: EditTokens | None = None
 
     @property
     def vocabulary(self) -> Vocabulary:

@@ -62,7 +62,8 @@ class Tokenizer:
     `files` maps file name to content. `eos_id` separates documents, None where the kind has no separator. `cut` names
     the places (a key of CUTS) where a text may be cut so that the ids of its parts are those of the whole, None where
     none are known. `encode_compact` gives ids of whatever integer type is at hand. `special_ids` (name -> id) are
-    tokens that no text is encoded to: a chat template writes them.
+    tokens that no text is encoded to: a chat template writes them. `control_ids` are all ids that mark something and
+    are no text, those among them.
     """
 
     kind: str
@@ -73,6 +74,7 @@ class Tokenizer:
     _decode: Callable[[np.ndarray, str], str]
     cut: str | None = None
     special_ids: Mapping[str, int] = field(default_factory=dict)
+    control_ids: frozenset[int] = frozenset()
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_compact(text).astype(np.int64)
@@ -203,7 +205,9 @@ def _finished(
         shown = [mask_char if ids[place] == mask_id else names[ids[place] - num_text_ids] for place in places]
         return "".join(itertools.chain(*itertools.zip_longest(map(decode, runs), shown, fillvalue="")))
 
-    return Tokenizer(kind, Vocabulary(mask_id + 1, mask_id), eos_id, files, encode, decode_all, cut, special)
+    control_ids = frozenset({mask_id, *special.values()} | ({eos_id} - {None}))
+    vocabulary = Vocabulary(mask_id + 1, mask_id)
+    return Tokenizer(kind, vocabulary, eos_id, files, encode, decode_all, cut, special, control_ids)
 
 
 def _byte(files: Mapping[str, bytes]) -> Tokenizer:
@@ -311,7 +315,9 @@ def _hf(files: Mapping[str, bytes]) -> Tokenizer:
         with _said_by_library():
             return np.array(bpe.encode(text, add_special_tokens=False).ids, dtype=np.int64)
 
-    return Tokenizer("hf", Vocabulary(size, mask_id, gaps), eos_id, files, encode, decode, special_ids=chat)
+    marks = frozenset({mask_id, eos_id} | {i for i, t in bpe.get_added_tokens_decoder().items() if t.special})
+    vocabulary = Vocabulary(size, mask_id, gaps)
+    return Tokenizer("hf", vocabulary, eos_id, files, encode, decode, special_ids=chat, control_ids=marks)
 
 
 def complete_hf(files: Mapping[str, bytes]) -> tuple[Any, dict[str, int], int, int]:

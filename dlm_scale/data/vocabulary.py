@@ -8,6 +8,7 @@ import numpy as np
 
 from dlm_scale.errors import UsageError
 
+DELETE_TOKEN, GAP_TOKEN = "<|delete|>", "<|gap|>"  # the edit stage's answers
 MANY_IDS = 8  # from here on one look-up is quicker than so many comparisons
 
 
@@ -48,3 +49,13 @@ class Vocabulary:
             is_bad |= flat == i
         bad = np.flatnonzero(is_bad | np.isin(flat, inner) if len(inner) >= MANY_IDS else is_bad)
         return int(bad[0]) if bad.size else None
+
+
+@dataclass(frozen=True)
+class EditTokens:
+    """Ids for the edit stage: `replacement_ids` int64, ascending, what a wrong token may be; the answers `delete_id` to
+    an inserted token and `gap_id` before one that is missing, None where they are not learnt."""
+
+    replacement_ids: np.ndarray
+    delete_id: int | None
+    gap_id: int | None

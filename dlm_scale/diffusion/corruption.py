@@ -18,7 +18,7 @@ from dlm_scale.diffusion.schedule import Schedule
 from dlm_scale.diffusion.segments import check_bounds, row_bounds
 from dlm_scale.diffusion.weighting import Weighting, elbo_weighting, min_time
 
-KIND_MASKED = 0
+KIND_MASKED, KIND_SUBSTITUTED, KIND_INSERTED, KIND_VISIBLE, KIND_GAP = range(5)
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,15 @@ class Corrupted:
 
     xt_BL int64 noised ids; is_masked_BL bool; rows_N int64 flat indices b*L + i, ascending; target_N int64 clean ids;
     weight_N float32 weights in the loss; elbo_weight_N float32 weights that estimate the NELBO (nats per row, summed);
-    kind_N uint8 (KIND_MASKED). Of each row, or where documents are packed of each segment: m_B float32 mask ratios;
-    t_B float64 times; num_maskable_B int64.
+    kind_N uint8 (KIND_MASKED and the other kinds). Of each row, or where documents are packed of each
+    segment: m_B float32 mask ratios; t_B float64 times; num_maskable_B int64.
     denominator: maskable positions of the GLOBAL batch, so that the loss is sum(weight * ce) / denominator; None where
     one rank does not know them (the train step then sums them over the ranks).
     attention: the mask value that the network needs; where documents are packed it has `cu_seqlens` int32 [S+1] and
     `to(device)`. None: every position of a row sees every other.
+    What only some objectives read, else None: uniform_BL float64, for the ids that they fill the masked positions with
+    (fill.py); maskable_BL bool, of a critic; told_BL bool, whose clean ids a sampler head is told; noise_BLE float32 and
+    reads_guess_B bool, of Gaussian diffusion (gaussian.py).
     """
 
     xt_BL: torch.Tensor
@@ -47,6 +50,11 @@ class Corrupted:
     num_maskable_B: torch.Tensor
     denominator: float | None
     attention: Any = None
+    uniform_BL: torch.Tensor | None = None
+    maskable_BL: torch.Tensor | None = None
+    told_BL: torch.Tensor | None = None
+    noise_BLE: torch.Tensor | None = None
+    reads_guess_B: torch.Tensor | None = None
 
     @property
     def bounds_S1(self) -> torch.Tensor | None:

@@ -103,6 +103,12 @@ def check_draws(estimator: str, num_draws: int) -> None:
                          f"replicates give the standard error), got {num_draws}")
 
 
+def row_offsets(seed: int, row_index_B: np.ndarray, replicate: int = 0) -> np.ndarray:
+    """float64 [B] in [0, 1): the one uniform from which a row's draws of a replicate are stratified."""
+    w0_B, w1_B, _, _ = philox(seed, *counter_of(row_index_B), _NO_COLUMN, Stream.EVAL + 256 * replicate)
+    return uniform53(w0_B, w1_B)
+
+
 def evaluation_draws(
     x0_BL, row_index_B: np.ndarray, *, seed: int, num_draws: int, mask_id: int, maskable_BL=None, estimator="exact"
 ) -> Iterator[Corrupted]:
@@ -114,8 +120,8 @@ def evaluation_draws(
     x0_BL, row_index_B, maskable_BL = clean_rows(x0_BL, row_index_B, maskable_BL, mask_id)
     chosen, length_B, num_passes = ESTIMATORS[estimator], maskable_BL.sum(1), num_draws // NUM_REPLICATES
     for replicate in range(NUM_REPLICATES):
-        w0_B, w1_B, _, _ = philox(seed, *counter_of(row_index_B), _NO_COLUMN, Stream.EVAL + 256 * replicate)
-        for i, (count_B, weight_B) in enumerate(chosen.plan(uniform53(w0_B, w1_B), length_B, num_passes)):
+        offset_B = row_offsets(seed, row_index_B, replicate)
+        for i, (count_B, weight_B) in enumerate(chosen.plan(offset_B, length_B, num_passes)):
             is_mirror, draw = i % chosen.unit, replicate * num_passes + i
             word_BL = row_words(seed, row_index_B, x0_BL.shape[1], Stream.EVAL + 256 * (draw - is_mirror))
             # The mirror of the l smallest words: all but the l-1 smallest of the same words.

@@ -34,6 +34,7 @@ class Stream(IntEnum):
     EVAL = 10
     SAMPLE = 11
     SYNTHETIC = 12
+    GAUSS = 13
 
 
 def philox(key: int, c0, c1, c2, c3) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

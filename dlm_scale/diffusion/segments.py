@@ -73,3 +73,20 @@ def cut_rows(rows: Rows, length_B: np.ndarray) -> Rows:
     bounds_S1 = row_bounds(num_rows, length) if rows.bounds_S1 is None else rows.bounds_S1
     cuts_B = (np.arange(num_rows) * length + length_B).astype(np.int32)
     return rows._replace(maskable_BL=maskable_BL, bounds_S1=np.union1d(bounds_S1, cuts_B))
+
+
+def drop_prompts(rows: Rows, seed: int, sample_index_B: np.ndarray, share: float, mask_id: int) -> Rows:
+    """The rows, a `share` of all segments with the mask id in place of their prompt, so that one network learns both
+    laws that classifier-free guidance needs (Ho and Salimans, arXiv 2207.12598).
+
+    A prompt is what is not maskable in a segment that has maskable positions. Word 0 of Philox(seed; sample low, high,
+    first column of the segment, PART).
+    """
+    num_rows, length = rows.ids_BL.shape
+    bounds_S1 = row_bounds(num_rows, length) if rows.bounds_S1 is None else rows.bounds_S1
+    row_S, column_S = np.divmod(bounds_S1[:-1].astype(np.int64), length)
+    word_S = philox(seed, *counter_of(np.asarray(sample_index_B)[row_S]), column_S, Stream.PART)[0]
+    has_text_S = np.add.reduceat(rows.maskable_BL.reshape(-1), bounds_S1[:-1], dtype=np.int64) > 0
+    is_dropped_S = (uniform24(word_S) < np.ceil(share * 2**24)) & has_text_S
+    is_dropped_BL = np.repeat(is_dropped_S, np.diff(bounds_S1)).reshape(num_rows, length)
+    return rows._replace(ids_BL=np.where(is_dropped_BL & ~rows.maskable_BL, mask_id, rows.ids_BL))

@@ -18,6 +18,11 @@ def wrap_time(x: np.ndarray) -> np.ndarray:
     return np.where(t == 0.0, 1.0, t)
 
 
+def times_on_grid(t: np.ndarray, num_steps: int) -> np.ndarray:
+    """Times in (0, 1] rounded up to k/num_steps, k = 1..num_steps: uniform times become uniform steps."""
+    return np.ceil(t * num_steps) / num_steps
+
+
 def stratified_times(seed: int, step: int, global_batch_size: int, rows=None) -> np.ndarray:
     """float64 times in (0, 1] of the given `rows` (indices within the global batch; default: all of them).
 

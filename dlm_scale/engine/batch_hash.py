@@ -9,18 +9,27 @@ import torch
 import torch.distributed as dist
 import xxhash
 
-from dlm_scale.diffusion.corruption import Corrupted
+from dlm_scale.diffusion.corruption import KIND_MASKED, Corrupted
+from dlm_scale.diffusion.edit import NO_LOSS
 
 
 def row_hashes(corrupted: Corrupted) -> np.ndarray:
     """xxh3-64 of each row's noised ids, clean ids at the masked places, mask, and its times with, if it has several,
-    the bounds of their segments; int64 [B]."""
+    the bounds of their segments; where visible tokens carry loss also of what kind each is; int64 [B]."""
     xt_BL, mask_BL = corrupted.xt_BL.cpu().numpy(), corrupted.is_masked_BL.cpu().numpy()
     clean_BL = xt_BL.copy()
     clean_BL.reshape(-1)[corrupted.rows_N.cpu().numpy()] = corrupted.target_N.cpu().numpy()
-    parts = (clean_BL, xt_BL, mask_BL, _times(corrupted))
+    parts = (clean_BL, xt_BL, mask_BL, _times(corrupted), _visible_kinds(corrupted))
     digests = [xxhash.xxh3_64(b"".join(part[row].tobytes() for part in parts)).intdigest() for row in range(len(xt_BL))]
     return np.array(digests, dtype=np.uint64).view(np.int64)
+
+
+def _visible_kinds(corrupted: Corrupted) -> list[np.ndarray]:
+    """Of each row the kind of every position, NO_LOSS where it carries none; nothing where all its loss is masked."""
+    kind_BL = np.full(corrupted.xt_BL.shape, NO_LOSS, np.uint8)
+    kind_BL.reshape(-1)[corrupted.rows_N.cpu().numpy()] = corrupted.kind_N.cpu().numpy()
+    is_edited_B = ((kind_BL != KIND_MASKED) & (kind_BL != NO_LOSS)).any(1)
+    return [kind_L if is_edited else kind_L[:0] for kind_L, is_edited in zip(kind_BL, is_edited_B)]
 
 
 def _times(corrupted: Corrupted) -> list[np.ndarray]:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from dlm_scale.config import resolve_batch
+from dlm_scale.diffusion.modifiers import Judge
 from dlm_scale.engine.checks import check_against_table, check_precision
 from dlm_scale.engine.deepspeed_config import deepspeed_dict, zero_stage
+from dlm_scale.engine.objectives import Objective, objective_of
 from dlm_scale.engine.optimizer import AdamW, parameter_groups
 from dlm_scale.engine.runtime import Runtime, import_deepspeed
 from dlm_scale.engine.state_access import StateAccess
@@ -31,12 +33,16 @@ class Trainer:
     state_access: StateAccess
     stage: int
     accumulation: int
+    objective: Objective
 
 
-def build_trainer(config: Any, runtime: Runtime, vocabulary: Any, has_segments: bool = False) -> Trainer:
+def build_trainer(
+    config: Any, runtime: Runtime, vocabulary: Any, judge: Judge | None = None, has_segments: bool = False
+) -> Trainer:
     """Build model, optimizer and engine; the weights are not set yet (`StateAccess.fill`). Collective.
 
-    has_segments: the data's rows consist of segments, whatever the config says: conversations do.
+    judge: what `objective.judge` names (judge.py). has_segments: the data's rows consist of segments, whatever the
+    config says: conversations do.
     """
     accumulation = resolve_batch(config, runtime.mesh.data_size)
     stage, ds_config = zero_stage(config), deepspeed_dict(config, accumulation)
@@ -56,7 +62,8 @@ def build_trainer(config: Any, runtime: Runtime, vocabulary: Any, has_segments: 
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, mpu=unit)
     check_precision(engine.module, config.train.precision)
     access = StateAccess(engine, stage, table, runtime.mesh)
-    return Trainer(config, runtime, vocabulary, engine, table, access, stage, accumulation)
+    return Trainer(config, runtime, vocabulary, engine, table, access, stage, accumulation,
+                   objective_of(config, judge))
 
 
 def _zero_init(deepspeed: Any, stage: int, ds_config: dict, runtime: Runtime) -> Any:

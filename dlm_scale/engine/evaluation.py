@@ -16,6 +16,8 @@ from dlm_scale.diffusion.corruption import Corrupted
 from dlm_scale.diffusion.draws import default_estimator
 from dlm_scale.diffusion.likelihood import NelboEstimate, RowSums, exact_sums, row_sums, sums_of_draws, summarise
 from dlm_scale.diffusion.segments import Rows
+from dlm_scale.engine.gaussian_evaluation import gaussian_sums
+from dlm_scale.engine.objectives import process_of
 
 EVALUATION_SEED = 0  # fixed: all checkpoints of all runs are compared on the same masks
 
@@ -33,7 +35,7 @@ def cross_entropy_fn(module: Any, device: torch.device):
     return ce_fn
 
 
-def _batches_of_rank(num_rows: int, batch_size: int, mesh: Any) -> list[np.ndarray]:
+def batches_of_rank(num_rows: int, batch_size: int, mesh: Any) -> list[np.ndarray]:
     """Row indices of this rank's batches. Every rank gets as many batches (ZeRO-3 forwards are collective); fillers
     are rows of index -1. Whole batches are dealt out, so a row's numbers do not depend on the number of ranks."""
     starts = np.arange(0, num_rows, batch_size)
@@ -84,27 +86,32 @@ def dataset_sums(sums_of_batch: SumsOfBatch, validation: Any, batch_size: int, m
                  on_batch: Callable[[int], None] | None = None) -> list[RowSums]:
     """The sums of all rows of `validation` (`num_rows`, `rows(indices)`). Collective over the data group."""
     parts = []
-    for index_B in _batches_of_rank(validation.num_rows, batch_size, mesh):
+    for index_B in batches_of_rank(validation.num_rows, batch_size, mesh):
         parts.append(sums_of_batch(validation.rows(np.maximum(index_B, 0)), index_B))
         if on_batch:
             on_batch(len(parts))
-    return _gather(parts, mesh)
+    return gather_parts(parts, mesh)
 
 
-def evaluate(module: Any, validation: Any, vocabulary: Any, kind: str, train: Any, mesh: Any, device: torch.device,
+def evaluate(module: Any, validation: Any, vocabulary: Any, config: Any, mesh: Any, device: torch.device,
              on_batch: Callable[[int], None] | None = None) -> NelboEstimate:
     """The estimate over `validation` during training, by the run's settings. Collective over the data group."""
-    ce_fn = cross_entropy_fn(module, device)
-    masked = kind == "masked"
-    sums = (nelbo_sums(ce_fn, vocabulary.mask_id, train.eval_draws) if masked
-            else autoregressive_sums(ce_fn, vocabulary.mask_id))
+    ce_fn, train, mask_id = cross_entropy_fn(module, device), config.train, vocabulary.mask_id
+    sums = {
+        "masked": lambda: nelbo_sums(ce_fn, mask_id, train.eval_draws),
+        "autoregressive": lambda: autoregressive_sums(ce_fn, mask_id),
+        "gaussian": lambda: gaussian_sums(
+            module, device, process_of(config.gaussian), mask_id, train.eval_draws, EVALUATION_SEED
+        ),
+    }[config.objective.kind]()
     module.eval()
     parts = dataset_sums(sums, validation, train.micro_batch_size, mesh, on_batch)
     module.train()
     return summarise(parts)
 
 
-def _gather(parts: list[RowSums], mesh: Any) -> list[RowSums]:
+def gather_parts(parts: list[Any], mesh: Any) -> list[Any]:
+    """The parts of all data-parallel ranks, on each of them. Collective over the data group."""
     if mesh.data_size == 1:
         return parts
     everyone: list[Any] = [None] * mesh.data_size

@@ -72,14 +72,17 @@ def global_norm(trainer: Trainer) -> torch.Tensor:
     return total.sqrt()
 
 
-def clip_by_global_norm(trainer: Trainer, limit: float) -> torch.Tensor:
-    """Tell the optimizer to scale this step's gradients so that their norm is at most `limit` (0: no limit).
+def clip_by_global_norm(trainer: Trainer, limit: float, divisor: torch.Tensor | None = None) -> torch.Tensor:
+    """Tell the optimizer to divide this step's gradients by `divisor`, and to scale what comes of it so that its norm
+    is at most `limit` (0: no limit).
 
     Returns the norm before clipping.
     """
     from dlm_scale.engine.state_access import inner_optimizer
 
-    norm = global_norm(trainer)
+    norm = global_norm(trainer) if divisor is None else global_norm(trainer) / divisor
     scale = (limit / (norm + 1e-6)).clamp(max=1.0) if limit else None
+    if divisor is not None:
+        scale = 1 / divisor if scale is None else scale / divisor
     inner_optimizer(trainer.engine).gradient_scale = scale
     return norm

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 
 from dlm_scale.diffusion.corruption import Corrupted
+from dlm_scale.diffusion.labels import LABEL_OBJECTIVES
 from dlm_scale.engine.async_saving import Saver
 from dlm_scale.engine.batch_hash import batch_hash
 from dlm_scale.engine.build import Trainer
 from dlm_scale.engine.checks import check_same_batch
 from dlm_scale.engine.evaluation import evaluate
+from dlm_scale.engine.label_evaluation import evaluate_labels
 from dlm_scale.engine.health import Health, finite
 from dlm_scale.engine.optimizer import rate_factor
 from dlm_scale.engine.prefetch import Prefetcher
@@ -156,8 +158,8 @@ def step_record(trainer, batch, result, state: TrainState, following: TrainState
                 waited_seconds: float) -> dict[str, Any]:
     """The line of a logged step; what is not finite is null. Collective: statistics and hashes are gathered over the
     data-parallel ranks."""
-    means = reduce_sums(trainer, result["sums"])
-    means = {name: [c and finite(c) for c in value] if isinstance(value, list) else finite(value)
+    means = reduce_sums(trainer, result["sums"], result["means"])
+    means = {name: [c and finite(c) for c in value] if isinstance(value, list) else value and finite(value)
              for name, value in means.items()}
     options = trainer.config.optimizer
     return {
@@ -175,11 +177,13 @@ def evaluation_record(trainer: Trainer, validation: Any, state: TrainState, watc
     """The line of an evaluation; without a validation set it says so. Collective."""
     watch.enter("evaluate", state.step)
     line = {"step": state.step, "tokens": state.samples * trainer.config.model.seq_len}
+    nothing = {"val_nelbo": None, "val_nelbo_se": None}
     if validation is None:
-        return line | {"val_nelbo": None, "val_nelbo_se": None}
-    train = trainer.config.train
-    estimate = evaluate(trainer.engine, validation, trainer.vocabulary, trainer.config.objective.kind, train,
-                        trainer.runtime.mesh, trainer.runtime.device, on_batch=lambda _: watch.enter("evaluate"))
+        return line | nothing
+    if trainer.config.objective.kind in LABEL_OBJECTIVES:
+        return line | nothing | evaluate_labels(trainer, validation, on_batch=lambda _: watch.enter("evaluate"))
+    estimate = evaluate(trainer.engine, validation, trainer.vocabulary, trainer.config, trainer.runtime.mesh,
+                        trainer.runtime.device, on_batch=lambda _: watch.enter("evaluate"))
     return line | {
         "val_nelbo": estimate.nelbo,
         "val_nelbo_se": estimate.nelbo_se,

@@ -83,14 +83,19 @@ class AdamW(torch.optim.AdamW):
 
 
 def parameter_groups(named: Iterable, table: dict, options: Any) -> list[dict]:
-    """Matrices of the blocks, which decay (and which Muon takes if it is the optimizer), and the rest, which do not."""
-    muon, decaying, plain = [], [], []
+    """Matrices of the blocks, which decay (and which Muon takes if it is the optimizer), and the rest, which do not; of
+    these the vocabulary tables apart, if they have a rate of their own. `rate` is AdamW's for a group, at full height.
+    """
+    muon, decaying, plain, tables = [], [], [], []
     for name, parameter in named:
         spec = table[name]
         is_muon = options.name == "muon" and spec.is_hidden_matrix
-        (muon if is_muon else decaying if spec.decays else plain).append(parameter)
-    groups = [{"params": decaying, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0},
-              {"params": muon, "weight_decay": 0.0, "is_muon": True}]
+        is_apart = options.embedding_learning_rate is not None and spec.is_table
+        (muon if is_muon else decaying if spec.decays else tables if is_apart else plain).append(parameter)
+    rate = {"weight_decay": 0.0, "rate": options.learning_rate}
+    groups = [{**rate, "params": decaying, "weight_decay": options.weight_decay}, {**rate, "params": plain},
+              {**rate, "params": tables, "rate": options.embedding_learning_rate},
+              {**rate, "params": muon, "is_muon": True}]
     return [group for group in groups if group["params"]]
 
 

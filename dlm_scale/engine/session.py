@@ -239,9 +239,14 @@ class Console:
         if "loss" in record:
             remaining = (self.num_steps - record["step"]) * self._seconds_a_step(record)
             mfu = f" | mfu {record['mfu']:.1%}" if record["mfu"] else ""
-            return (f"{place} | loss {record['loss']:.4f} | nelbo {record['nelbo']:.4f} | grad norm "
-                    f"{record['grad_norm']:.3f} | lr {record['learning_rate']:.2e} | "
-                    f"{record['tokens_per_second']:,.0f} tokens/s{mfu} | {_duration(remaining)} left")
+            nelbo = "" if record["nelbo"] is None else f" | nelbo {record['nelbo']:.4f}"
+            return (f"{place} | loss {record['loss']:.4f}{nelbo} | grad norm {record['grad_norm']:.3f} | lr "
+                    f"{record['learning_rate']:.2e} | {record['tokens_per_second']:,.0f} tokens/s{mfu} | "
+                    f"{_duration(remaining)} left")
+        if record.get("val_loss") is not None:
+            named = (f"{key.removeprefix('val_').replace('_', ' ')} {value:.4f}" for key, value in record.items()
+                     if key.startswith("val_") and value is not None)
+            return f"{place} | validation {' | '.join(named)}"
         if record["val_nelbo"] is None:
             return f"{place} | no validation set"
         return f"{place} | validation nelbo {record['val_nelbo']:.4f} +- {record['val_nelbo_se']:.4f} nats/token"

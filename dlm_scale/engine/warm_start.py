@@ -1,6 +1,6 @@
 """Starting from another model's weights: any checkpoint of the same shape, one of an autoregressive model too
 (`tools/convert_checkpoint.py` makes it). Vocabulary tables may have other rows: new ones start as the mean of the
-old."""
+old. Heads beside the output table may be missing there: they start as in a new model."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from dlm_scale.checkpoint.reader import Checkpoint, open_checkpoint
 from dlm_scale.config import config_from_text
 from dlm_scale.data.meta import TOKENIZER_DOCUMENT
 from dlm_scale.errors import UsageError
-from dlm_scale.model.parameters import ParameterSpec, parameter_table
+from dlm_scale.model.initialise import initial_values
+from dlm_scale.model.parameters import EXTRA_HEADS, ParameterSpec, parameter_table
 from dlm_scale.model.sharding import Box
 
 FREE = {"init_from", "init_std", "logit_shift", "seq_len", "logit_softcap", "rope_base", "window"}  # no tensor's shape
+ADDED = {"critic", "sampler_head", "labels", "score"}  # heads that may be new
 MEAN_ROWS = 4096  # of a table at a time
 
 
@@ -37,6 +39,8 @@ def open_origin(path: Path, config: Any, data: Any) -> Callable[[ParameterSpec, 
     mean = lru_cache(maxsize=None)(lambda name: mean_row(checkpoint, name, slot))
 
     def initial(spec: ParameterSpec, box: Box, start: int, numel: int) -> torch.Tensor:
+        if (spec.name, slot) not in checkpoint.tensors:
+            return torch.from_numpy(initial_values(spec, config.train.seed, box, start, numel))
         stored = tuple(checkpoint.tensors[spec.name, slot].shape)
         if stored == spec.shape:
             return checkpoint.read_flat(spec.name, slot, box, start, numel, view=spec.view)
@@ -74,7 +78,7 @@ def _check(checkpoint: Checkpoint, old: Any, new: Any, meta: Any) -> None:
     where = f"model.init_from: {checkpoint.path}"
     before, after = old.model_dump(), new.model_dump()
     wrong = [f"model.{key}={value} is needed, not {after[key]}" for key, value in before.items()
-             if key not in FREE and after[key] != value]  # fmt: skip
+             if key not in FREE | ADDED and after[key] != value]  # fmt: skip
     if new.position == "learned" and new.seq_len > old.seq_len:
         wrong.append(f"model.seq_len={old.seq_len} at most, for it has no more positions")
     if wrong:
@@ -86,6 +90,8 @@ def _check(checkpoint: Checkpoint, old: Any, new: Any, meta: Any) -> None:
                          " checkpoint, or convert it with --mask_id if you know that the ids mean the same")  # fmt: skip
     for name, spec in parameter_table(new, meta.vocabulary).items():
         have = tuple(checkpoint.tensors[name, "param"].shape) if (name, "param") in checkpoint.tensors else None
+        if have is None and name.startswith(EXTRA_HEADS):
+            continue
         is_table = have is not None and (spec.is_table or name in ("head.bias", "positions.weight"))
         if have != spec.shape and not (is_table and have[1:] == spec.shape[1:]):
             raise UsageError(f"{where}: tensor {name} has shape {have}, not {spec.shape}")

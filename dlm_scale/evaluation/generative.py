@@ -18,12 +18,15 @@ import numpy as np
 import torch
 
 from dlm_scale.data.files import parse_json
+from dlm_scale.engine.evaluation import gather_parts
 from dlm_scale.errors import UsageError
 from dlm_scale.evaluation.judges import Judge, Sample, judged
 from dlm_scale.evaluation.text_statistics import variety
+from dlm_scale.parallel.mesh import Mesh
 from dlm_scale.sampling.engine import Generated, generate
-
-LEFT_TO_RIGHT = "left_to_right"  # the only sampler of an autoregressive checkpoint
+from dlm_scale.sampling.samplers import GAUSSIAN_SAMPLERS, LEFT_TO_RIGHT
+from dlm_scale.sampling.settings import edit_settings
+from dlm_scale.sampling.texts import states
 
 
 @dataclass(frozen=True)
@@ -40,25 +43,32 @@ class SamplingOptions:
     batch_size: int = 16
 
 
-def make_samples(inference: Any, options: SamplingOptions) -> list[Sample]:
-    """Samples as `dlm sample` with an empty prompt would draw them; the text does not depend on the batch size."""
-    samples = []
-    for first in range(0, options.num_samples, options.batch_size):
-        index_B = range(first, min(first + options.batch_size, options.num_samples))
-        x_BL = torch.full((len(index_B), options.length), inference.vocabulary.mask_id, device=inference.device)
-        is_fixed_BL = torch.zeros_like(x_BL, dtype=torch.bool)
-        made = fill(inference, x_BL, is_fixed_BL, options.sampler, options.steps, seed=options.seed,
-                    request_hashes=[zlib.crc32(b"")] * len(index_B), sample_indices=index_B,
-                    temperature=options.temperature, top_p=options.top_p)  # fmt: skip
-        rows = zip(made.ids_BL.tolist(), made.nfe_B.tolist())
-        samples += [Sample(inference.tokenizer.decode(ids), ids, nfe) for ids, nfe in rows]
-    return samples
+def make_samples(inference: Any, options: SamplingOptions, mesh: Mesh = Mesh()) -> list[Sample]:
+    """Samples as `dlm sample` with an empty prompt would draw them; the text does not depend on the batch size.
+
+    Whole batches are dealt out to the data-parallel ranks, and all ranks get all samples. Collective.
+    """
+    firsts = range(0, options.num_samples, options.batch_size)
+    mine = [(first, _batch(inference, options, first)) for first in firsts[mesh.data_rank :: mesh.data_size]]
+    return [sample for _, batch in sorted(gather_parts(mine, mesh), key=lambda part: part[0]) for sample in batch]
+
+
+def _batch(inference: Any, options: SamplingOptions, first: int) -> list[Sample]:
+    index_B = range(first, min(first + options.batch_size, options.num_samples))
+    x_BL = torch.full((len(index_B), options.length), inference.vocabulary.mask_id, device=inference.device)
+    is_fixed_BL = torch.zeros_like(x_BL, dtype=torch.bool)
+    made = fill(inference, x_BL, is_fixed_BL, options.sampler, options.steps, seed=options.seed,
+                request_hashes=[zlib.crc32(b"")] * len(index_B), sample_indices=index_B,
+                temperature=options.temperature, top_p=options.top_p)  # fmt: skip
+    rows = zip(made.ids_BL.tolist(), made.nfe_B.tolist())
+    return [Sample(inference.tokenizer.decode(ids), ids, nfe) for ids, nfe in rows]
 
 
 def fill(
     inference: Any, x_BL: torch.Tensor, is_fixed_BL: torch.Tensor, sampler: str, steps: int, **settings
 ) -> Generated:
-    """`generate` for checkpoints of either kind; steps 0: one for each open position.
+    """`generate` for checkpoints of either kind; steps 0: one for each open position. From left to right it is always
+    one, and what stands behind a position is never looked at.
 
     Raises UsageError for a sampler of the other kind.
     """
@@ -66,22 +76,19 @@ def fill(
         raise UsageError(f"sampler {sampler!r}: {inference.checkpoint.path} is "
                          f"{'' if inference.is_autoregressive else 'not '}autoregressive, and {LEFT_TO_RIGHT!r} is the "
                          "sampler of those that are, and of no other")
-    settings = {**settings, "mask_id": inference.vocabulary.mask_id}
-    if inference.is_autoregressive:
-        return _left_to_right(inference, x_BL, is_fixed_BL, settings)
-    num_steps = steps or max(1, int((~is_fixed_BL).sum(1).max()))
-    return generate(inference.predict, x_BL, is_fixed_BL, sampler=sampler, num_steps=num_steps, **settings)
-
-
-def _left_to_right(inference: Any, x_BL: torch.Tensor, is_fixed_BL: torch.Tensor, settings: dict) -> Generated:
-    """One open position a pass. What stands behind it is never looked at, so that it need not be the mask."""
-    x_BL = torch.where(is_fixed_BL, x_BL, int(inference.vocabulary.mask_id == 0))
-    for position in range(x_BL.shape[1]):
-        here = torch.arange(x_BL.shape[1], device=x_BL.device) == position
-        if bool((here & ~is_fixed_BL).any()):
-            others_BL = is_fixed_BL | ~here
-            x_BL = generate(inference.predict, x_BL, others_BL, sampler="random", num_steps=1, **settings).ids_BL
-    return Generated(x_BL, (~is_fixed_BL).sum(1))
+    if inference.is_gaussian != (sampler in GAUSSIAN_SAMPLERS):
+        raise UsageError(f"sampler {sampler!r} does not fit {inference.checkpoint.path}, which is {inference.kind}: of "
+                         f"Gaussian checkpoints take {' or '.join(GAUSSIAN_SAMPLERS)}, and of no others")
+    if inference.is_gaussian:
+        if settings.get("top_p", 1.0) != 1.0:
+            raise UsageError(f"--top_p has no meaning for {inference.checkpoint.path}, which is gaussian: leave it out")
+        passes = steps or inference.default_num_steps
+        *_, last = states(inference, x_BL, is_fixed_BL, sampler=sampler, num_steps=passes, **settings)
+        return Generated(last.x_BL, last.nfe_B)
+    settings |= edit_settings(sampler, False, inference)
+    steps = 0 if sampler == LEFT_TO_RIGHT else steps
+    return generate(inference.predict, x_BL, is_fixed_BL, sampler=sampler, mask_id=inference.vocabulary.mask_id,
+                    num_steps=steps or max(1, int((~is_fixed_BL).sum(1).max())), **settings)
 
 
 def read_samples(path: str, tokenizer: Any) -> list[Sample]:
@@ -132,11 +139,11 @@ def reference_samples(data: Any, tokenizer: Any, num_rows: int) -> list[Sample]:
 
 
 def sweep(inference: Any, judge: Judge, samplers: Sequence[str], steps: Sequence[int], options: SamplingOptions,
-          say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
-    """One report for each sampler and number of steps, in that order."""
+          say: Callable[[str], None], mesh: Mesh = Mesh()) -> Iterator[dict[str, Any]]:
+    """One report for each sampler and number of steps, in that order. Collective."""
     for sampler in samplers:
         for num_steps in steps:
-            samples = make_samples(inference, replace(options, sampler=sampler, steps=num_steps))
+            samples = make_samples(inference, replace(options, sampler=sampler, steps=num_steps), mesh)
             report = {"sampler": sampler, "steps": num_steps} | text_report(samples, judge)
             say(text_line(report))
             yield report

@@ -24,6 +24,8 @@ from dlm_scale.diffusion.likelihood import (
     summarise,
 )
 from dlm_scale.engine.evaluation import SumsOfBatch, autoregressive_sums, cross_entropy_fn, dataset_sums, nelbo_sums
+from dlm_scale.engine.gaussian_evaluation import gaussian_sums
+from dlm_scale.engine.objectives import process_of
 from dlm_scale.errors import UsageError
 from dlm_scale.sampling.samplers import SAMPLERS, Sampler
 from dlm_scale.sampling.selectors import SELECTORS, Candidates
@@ -51,13 +53,19 @@ class LikelihoodOptions:
 
 
 def likelihood_kind(inference: Any, options: LikelihoodOptions) -> str:
-    """`nelbo`, `exact` (autoregressive), `duel` or `l2r`. Raises UsageError where the checkpoint has no such one."""
-    if not inference.is_autoregressive:
+    """`nelbo`, `exact` (autoregressive), `vlb` (Gaussian), `duel` or `l2r`. Raises UsageError where the checkpoint has
+    no such one."""
+    own = {"autoregressive": ("exact", "which is exact"), "gaussian": ("vlb", "a bound")}
+    if inference.kind not in own:
         return options.likelihood
+    found, words = own[inference.kind]
     if options.likelihood != "nelbo":
-        raise UsageError(f"--likelihood={options.likelihood}: {inference.checkpoint.path} is autoregressive and has "
-                         "one likelihood, which is exact: leave --likelihood out")
-    return "exact"
+        raise UsageError(f"--likelihood={options.likelihood}: {inference.checkpoint.path} is {inference.kind} and has "
+                         f"one likelihood, {words}: leave --likelihood out")
+    if inference.is_gaussian and options.estimator:
+        raise UsageError(f"--estimator={options.estimator} is of masks, and {inference.checkpoint.path} is gaussian: "
+                         "leave it out")
+    return found
 
 
 def sums_of_batch(inference: Any, options: LikelihoodOptions) -> SumsOfBatch:
@@ -66,6 +74,9 @@ def sums_of_batch(inference: Any, options: LikelihoodOptions) -> SumsOfBatch:
     ce_fn = cross_entropy_fn(inference.model, inference.device)
     if kind == "exact":
         return autoregressive_sums(ce_fn, mask_id)
+    if kind == "vlb":
+        process = process_of(inference.config.gaussian)
+        return gaussian_sums(inference.model, inference.device, process, mask_id, options.num_draws, options.seed)
     if kind == "nelbo":
         return nelbo_sums(ce_fn, mask_id, options.num_draws, options.seed, options.estimator)
     nll = partial(left_to_right_nll, inference.predict, mask_id=mask_id)
@@ -140,6 +151,8 @@ def checkpoint_report(inference: Any, estimate: NelboEstimate, data: Any, option
         used = {"estimator": options.estimator or default_estimator(options.num_draws), "num_draws": options.num_draws,
                 "seed": options.seed}
         return report | {"ce_by_mask_ratio": list(estimate.ce_by_mask_ratio)} | used
+    if kind == "vlb":
+        return report | {"num_draws": options.num_draws, "seed": options.seed, **inference.config.gaussian.model_dump()}
     return report | ({"order": options.order, "tokens_per_step": options.tokens_per_step} if kind == "duel" else {})
 
 

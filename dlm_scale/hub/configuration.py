@@ -35,6 +35,10 @@ SHAPE = {  # every field of a model's shape, and what it is where a config.json 
     "head_transform": False,
     "head_bias": False,
     "logit_shift": False,
+    "critic": False,
+    "labels": False,
+    "score": False,
+    "sampler_head": False,
 }
 
 
@@ -58,6 +62,10 @@ class DlmScaleConfig(PretrainedConfig):
         if __name__.startswith("dlm_scale."):  # installed: the pipeline is registered, the export's own is not needed
             values.pop("custom_pipelines", None)
         super().__init__(**values)
+
+    @property
+    def gaussian(self) -> None:
+        """Gaussian checkpoints are not exported."""
 
     @property
     def vocabulary(self) -> SimpleNamespace:

@@ -17,6 +17,7 @@ from dlm_scale.hub.configuration import DlmScaleConfig
 from dlm_scale.model.transformer import Transformer
 from dlm_scale.ops import Segments, segment_means
 from dlm_scale.parallel.layers import Embedding, LocalLayers
+from dlm_scale.sampling.predict import Predict
 
 BACKENDS = {  # attn_implementation -> the attention backend of ops.py
     "eager": "eager",
@@ -75,11 +76,15 @@ class DlmScaleForMaskedLM(PreTrainedModel):
             return (logits_BLV,) if loss is None else (loss, logits_BLV)
         return MaskedLMOutput(loss=loss, logits=logits_BLV)
 
+    @property
+    def predict(self) -> Predict:
+        """predict(x_BL, rows_N) -> normalised log-probabilities [N, V] float32 at flat positions: what samplers ask for;
+        with `critique` and `local` where the model has these heads."""
+        return Predict(self._read_at, self.transformer.head)
+
     @torch.no_grad()
-    def predict(self, x_BL: Tensor, rows_N: Tensor) -> Tensor:
-        """Normalised log-probabilities [N, V] float32 at flat positions: what samplers ask for."""
-        x_BL, rows_N = x_BL.to(self.device), rows_N.to(self.device)
-        return self._read(x_BL, None, None, rows_N, lambda head: head.log_probs())
+    def _read_at(self, x_BL: Tensor, rows_N: Tensor, readout: Any, attention: None = None, cache: None = None) -> Any:
+        return self._read(x_BL.to(self.device), None, None, rows_N.to(self.device), readout)
 
     def _read(self, x_BL: Tensor, mask_BL: Tensor | None, m_B: Tensor | None, rows_N: Tensor | None, readout) -> Tensor:
         backend = BACKENDS[self.config._attn_implementation]

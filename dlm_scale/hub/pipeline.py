@@ -10,6 +10,7 @@ import torch
 from transformers import Pipeline
 
 from dlm_scale.sampling.engine import stream
+from dlm_scale.sampling.samplers import resolve
 
 TASK = "text-diffusion"
 SAMPLERS = {  # (use_confidence, allow_edits) -> sampler
@@ -136,6 +137,9 @@ class TextDiffusionPipeline(Pipeline):
             raise ValueError(
                 "use_confidence and allow_edits exclude each other: an order by confidence knows no way back"
             )
+        if resolve(named or SAMPLERS[flags]).edits:
+            raise ValueError(f"sampler {named!r} edits visible tokens, and this model does not say whether it has learnt "
+                             "to; use `dlm sample` with the checkpoint that it was made of")
         stop_ids = [] if stop_id is None else [stop_id]
         return options | {"sampler": named or SAMPLERS[flags], "sample_indices": [sample], "stop_ids": stop_ids,
                           "mask_id": self.model.config.mask_token_id}  # fmt: skip

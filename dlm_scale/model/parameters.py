@@ -41,6 +41,11 @@ class ModelShape(Protocol):
     head_transform: bool
     head_bias: bool
     logit_shift: bool
+    critic: bool
+    labels: bool
+    score: bool
+    sampler_head: bool
+    gaussian: Any  # None, or what config_sections.GaussianConfig has
 
 
 TIME_FEATURES = 256  # sinusoid features of the mask ratio
@@ -89,7 +94,8 @@ class ParameterSpec:
 def parameter_table(config: ModelShape, vocabulary: Any) -> dict[str, ParameterSpec]:
     """All parameters in the order of the modules. `vocabulary` offers `size` and `num_outputs`."""
     width, std = config.hidden_size, config.init_std
-    specs = [_table("embedding.weight", vocabulary.size, width, std)]
+    specs = [_table("embedding.weight", vocabulary.size, width, std)] if config.gaussian is None else (
+        _latent_specs(config, vocabulary))
     if config.position == "learned":
         shape = (config.seq_len, width)
         specs.append(ParameterSpec("positions.weight", shape, shape, None, init_std=std))
@@ -108,11 +114,51 @@ def parameter_table(config: ModelShape, vocabulary: Any) -> dict[str, ParameterS
         specs.append(_matrix("head_transform.dense.weight", shape, shape, None, std))
         specs += [_vector("head_transform.dense.bias", width, 0.0)] if config.bias == "all" else []
         specs += _norm_specs("head_transform.norm", config, last_gain)
-    if not config.tied:
+    if config.gaussian is not None:
+        specs.append(_latent_head_spec(config, vocabulary))
+    elif not config.tied:
         specs.append(_table("head.weight", vocabulary.num_outputs, width, 0.0))
     if config.head_bias:
         specs.append(_vector("head.bias", vocabulary.size if config.tied else vocabulary.num_outputs, 0.0))
+    specs += _extra_head_specs(config)
     return {spec.name: spec for spec in specs}
+
+
+# What a model may lack that another is started from.
+EXTRA_HEADS = ("head.critic.", "head.sampler.", "head.labels.", "head.score.")
+
+
+def _extra_head_specs(config: ModelShape) -> list[ParameterSpec]:
+    """The heads beside the output table; no tensor-parallel rank holds a part of one.
+
+    The sampler head's second matrix starts at zero: what it adds to the hidden states is nothing at first.
+    """
+    width, std, specs = config.hidden_size, config.init_std, []
+    for name, rows in (("critic", 1), ("labels", 2), ("score", 1)):
+        if getattr(config, name):
+            specs.append(_matrix(f"head.{name}.weight", (rows, width), (rows, width), None, std))
+    if config.sampler_head:
+        specs.append(_matrix("head.sampler.first.weight", (width, 3 * width), (width, 3 * width), None, std))
+        specs.append(_vector("head.sampler.norm.gain", width, 1.0))
+        specs.append(_matrix("head.sampler.second.weight", (width, width), (width, width), None, 0.0))
+    return specs
+
+
+def _latent_specs(config: ModelShape, vocabulary: Any) -> list[ParameterSpec]:
+    """Of Gaussian diffusion: token vectors of about unit length, and what maps them to hidden states."""
+    dim, std = config.gaussian.embedding_dim, config.init_std
+    shape = (config.hidden_size, dim)
+    specs = [_table("embedding.weight", vocabulary.size, dim, dim**-0.5)]
+    specs.append(_matrix("latent.weight", shape, shape, None, std))
+    return specs + ([_matrix("latent.guess_weight", shape, shape, None, 0.0)] if config.gaussian.self_conditioning else [])
+
+
+def _latent_head_spec(config: ModelShape, vocabulary: Any) -> ParameterSpec:
+    """An output table with a row for every id, as the token vectors have; for v and eps a linear head."""
+    if config.gaussian.prediction == "x0_softmax":
+        return _table("head.weight", vocabulary.size, config.hidden_size, 0.0)
+    shape = (config.gaussian.embedding_dim, config.hidden_size)
+    return _matrix("head.output.weight", shape, shape, None, 0.0)
 
 
 def has_first_norm(config: ModelShape, layer: int) -> bool:

@@ -222,29 +222,86 @@ class HeadTransform(nn.Module):
         return self.norm(F.gelu(self.dense(hidden_ND)))
 
 
-class HeadView:
-    """What a readout may ask of the output head, while its weight is there. See docs/design.md, signature 2."""
+class SamplerHead(nn.Module):
+    """Hidden states that know the ids beside them: h + second(norm(silu(first [left, h, right]))).
 
-    def __init__(self, head: Head, hidden_ND: torch.Tensor):
+    left and right are embeddings, normalised (a table's rows are small beside h), or zero where the id is unknown:
+    no embedding is zero then, so that takes no parameter. `second` starts at zero, where the law is the trunk's own.
+    """
+
+    def __init__(self, config: ModelShape):
+        super().__init__()
+        self.first = Linear(3 * config.hidden_size, config.hidden_size)
+        self.norm = LayerNorm(config.hidden_size, config.norm_eps, has_bias=False)
+        self.second = Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, left_ND: torch.Tensor, hidden_ND: torch.Tensor, right_ND: torch.Tensor) -> torch.Tensor:
+        inputs = torch.cat([left_ND.to(hidden_ND.dtype), hidden_ND, right_ND.to(hidden_ND.dtype)], dim=-1)
+        return hidden_ND + self.second(self.norm(F.silu(self.first(inputs))))
+
+
+class HeadView:
+    """What a readout may ask of the output head, while its weight is there. See docs/design.md, signature 2.
+
+    `embed(ids_N)` gives rows [N, D] of the input table; `is_frozen`: nothing read here has gradients for the table.
+    """
+
+    def __init__(self, head: Head, hidden_ND: torch.Tensor, embed: Callable, is_frozen: bool = False):
         self.hidden_ND = hidden_ND
-        self._head = head
+        self._head, self._embed, self._is_frozen = head, embed, is_frozen
 
     def _operands(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states and table; a learned bias is one more column of the table, and meets a 1."""
         hidden_ND, weight_VD, bias_V = self.hidden_ND, self._head.weight, self._head.bias
+        if self._is_frozen:
+            weight_VD, bias_V = weight_VD.detach(), None if bias_V is None else bias_V.detach()
         if bias_V is None:
             return hidden_ND, weight_VD
         column_V1 = F.pad(bias_V, (0, weight_VD.shape[0] - bias_V.shape[0])).to(weight_VD.dtype)[:, None]
         return F.pad(hidden_ND, (0, 1), value=1.0), torch.cat([weight_VD, column_V1], dim=1)
 
-    def cross_entropy(self, target_N: torch.Tensor, weight_N: torch.Tensor, z_loss: float = 0.0):
+    def cross_entropy(
+        self, target_N: torch.Tensor, weight_N: torch.Tensor, z_loss: float = 0.0, label_smoothing: float = 0.0
+    ):
         """(weighted sum and z-loss, ce [N], is_correct [N]) of the clean ids `target_N`."""
         head = self._head
         bias_V = head.local_bias(self.hidden_ND.device)
         return ops.linear_cross_entropy(
             *self._operands(), target_N, weight_N, bias_V, head.vocab_start, head.group,
-            ops.LossTerms(head.softcap, z_loss),
+            ops.LossTerms(head.softcap, z_loss, label_smoothing),
         )  # fmt: skip
+
+    def critic(self) -> torch.Tensor:
+        """Float32 [N]: logit of the probability that the id at each position is wrong. Needs `model.critic`."""
+        return self._head.critic(self.hidden_ND)[:, 0].float()
+
+    def labels(self) -> torch.Tensor:
+        """Float32 [N, 2]: logits of the id at each position being as it was, and being replaced. Needs
+        `model.labels`."""
+        return self._head.labels(self.hidden_ND).float()
+
+    def score(self) -> torch.Tensor:
+        """Float32 [N]: each position's part of a text's score, which is their mean. Needs `model.score`."""
+        return self._head.score(self.hidden_ND)[:, 0].float()
+
+    def wrong_entropy(self, target_N: torch.Tensor) -> torch.Tensor:
+        """Float32 [N], detached: entropy of the ids other than `target_N`, as a share of its largest value."""
+        head = self._head
+        bias_V = head.local_bias(self.hidden_ND.device)
+        return ops.wrong_entropy(*self._operands(), target_N, bias_V, head.vocab_start, head.group, head.softcap)
+
+    def local(self, left_N: torch.Tensor, right_N: torch.Tensor) -> HeadView:
+        """The head for hidden states that know the ids beside them, -1 where unknown. Needs `model.sampler_head`.
+
+        Only the sampler head has gradients: hidden states, embeddings and the output table are taken as they are.
+        """
+        left_ND, right_ND = (self._neighbours(ids_N) for ids_N in (left_N, right_N))
+        return HeadView(self._head, self._head.sampler(left_ND, self.hidden_ND.detach(), right_ND), self._embed, True)
+
+    @torch.no_grad()
+    def _neighbours(self, ids_N: torch.Tensor) -> torch.Tensor:
+        rows_ND = self._embed(ids_N.clamp(min=0)).float()
+        return F.layer_norm(rows_ND, rows_ND.shape[-1:], eps=1e-12) * (ids_N >= 0)[:, None]
 
     def logits(self) -> torch.Tensor:
         """Float32 [N, V]; suppressed ids at -inf."""
@@ -258,7 +315,7 @@ class HeadView:
 
     def over(self, hidden_ND: torch.Tensor) -> HeadView:
         """The same head over other final hidden states (only where its weight stays: not under ZeRO-3)."""
-        return HeadView(self._head, hidden_ND)
+        return HeadView(self._head, hidden_ND, self._embed, self._is_frozen)
 
 
 class Head(nn.Module):
@@ -270,6 +327,10 @@ class Head(nn.Module):
         self.weight, self.softcap = table.weight, config.logit_softcap
         num_rows = vocabulary.size if config.tied else vocabulary.num_outputs
         self.bias = nn.Parameter(torch.empty(num_rows)) if config.head_bias else None
+        self.critic = Linear(config.hidden_size, 1) if config.critic else None
+        self.labels = Linear(config.hidden_size, 2) if config.labels else None
+        self.score = Linear(config.hidden_size, 1) if config.score else None
+        self.sampler = SamplerHead(config) if config.sampler_head else None
         self.group = layers.group
         self.num_outputs = vocabulary.num_outputs
         self.rows = table.weight.ds_shape[0] if hasattr(table.weight, "ds_shape") else table.weight.shape[0]
@@ -282,8 +343,15 @@ class Head(nn.Module):
         forbidden = torch.isin(ids, torch.tensor(self.suppressed_ids, device=device)) | (ids >= self.num_outputs)
         return torch.zeros(self.rows, device=device).masked_fill_(forbidden, -torch.inf)
 
-    def forward(self, hidden_ND: torch.Tensor, readout: Callable[[HeadView], Any]) -> Any:
-        return readout(HeadView(self, hidden_ND))
+    def forward(self, hidden_ND: torch.Tensor, readout: Callable[[HeadView], Any], embed: Callable) -> Any:
+        return readout(HeadView(self, hidden_ND, embed))
+
+
+def _latent() -> Any:
+    """The ends of Gaussian diffusion, which are made of what is above."""
+    from dlm_scale.model import latent
+
+    return latent
 
 
 class Transformer(nn.Module):
@@ -302,7 +370,9 @@ class Transformer(nn.Module):
         self.head_dim, self.is_shifted, self.checkpoint_every = config.head_dim, config.logit_shift, checkpoint_every
         self.keeps_no_keys = config.logit_shift or config.window is not None
         self.rope_bases = (config.rope_base, config.window_rope_base if config.window else config.rope_base)
-        self.embedding = layers.embedding(vocabulary.size, config.hidden_size)
+        width = config.hidden_size if config.gaussian is None else config.gaussian.embedding_dim
+        self.embedding = layers.embedding(vocabulary.size, width)
+        self.latent = _latent().LatentInput(config, layers) if config.gaussian else None
         self.positions = Embedding(config.seq_len, config.hidden_size) if config.position == "learned" else None
         has_norm = config.embedding_norm != "none"
         self.embedding_norm = make_norm(config, layers.over_sequence) if has_norm else nn.Identity()
@@ -310,9 +380,13 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layers, number) for number in range(config.num_layers))
         self.final_norm = make_norm(config) if config.norm_placement == "pre" else nn.Identity()
         self.head_transform = HeadTransform(config) if config.head_transform else nn.Identity()
-        table = self.embedding if config.tied else layers.embedding(vocabulary.num_outputs, config.hidden_size)
-        self.head = Head(table, vocabulary, layers, config)
+        if config.gaussian:
+            self.head = _latent().LatentHead(self.embedding, vocabulary, layers, config)
+        else:
+            table = self.embedding if config.tied else layers.embedding(vocabulary.num_outputs, config.hidden_size)
+            self.head = Head(table, vocabulary, layers, config)
         self.select_rows, self.own_positions = layers.select_rows, layers.own_positions
+        self.num_parts = layers.size
 
     def forward(
         self,
@@ -323,12 +397,14 @@ class Transformer(nn.Module):
         m_B: torch.Tensor | None = None,
         attention: ops.AttentionMask | None = None,
         cache: Any = None,
+        latent: Any = None,
     ) -> Any:
         """xt [B,L] int64, rows [N] flat positions, m the mask ratio [B] of each row, or with `Segments` [S] of each
         segment (used with time conditioning only).
 
         `cache`, for inference: `join(layer, k, v)` keeps keys and values or adds the kept ones; where `position_AS` is
         not None, only these positions are computed, and `rows_in_part` gives the rows' places among them.
+        `latent`, of Gaussian diffusion: how the vectors of xt are noised, or the vectors that are read in their place.
         """
         if cache is not None and self.keeps_no_keys:
             raise ValueError("keys and values are kept for models of global attention without a shift of logits only: "
@@ -343,18 +419,28 @@ class Transformer(nn.Module):
         if self.time_embedding is not None:
             condition_SC = self.time_embedding(m_B)
             segment_BL = self.own_positions(mask.ids_BL(*xt_BL.shape)) if isinstance(mask, ops.Segments) else None
-        hidden_BLD, rotaries = self._embed(xt_BL, positions)
+        hidden_BLD, clean_BLE = self.embedding(xt_BL), None
+        if self.latent is not None:
+            hidden_BLD, clean_BLE = self.latent(hidden_BLD, latent)
+        hidden_BLD, rotaries = self._place(hidden_BLD, positions)
         for number, block in enumerate(self.blocks):
             join = None if cache is None else partial(cache.join, number)
             hidden_BLD = self._run(block, number, hidden_BLD, rotaries, mask, condition_SC, segment_BL, join)
         if self.is_shifted:  # position i is predicted from i - 1; the first of a text from itself
             rows_N = rows_N - (positions.expand(xt_BL.shape).flatten()[rows_N] > 0).long()
         selected_ND = self.final_norm(self.select_rows(hidden_BLD, rows_N))
-        return self.head(self.head_transform(selected_ND), readout)
+        clean = () if clean_BLE is None else (self.select_rows(clean_BLE, rows_N),)
+        return self.head(self.head_transform(selected_ND), readout, self._embeddings, *clean)
 
-    def _embed(self, xt_BL: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, tuple]:
-        """Embeddings [B,L,D], and the rotary tables of global and of local attention."""
-        hidden_BLD = self.embedding(xt_BL)
+    def _embeddings(self, ids_N: torch.Tensor) -> torch.Tensor:
+        """Rows [N, D] of the input table, whole on every rank: looked up as one text, which sequence parallelism cuts
+        into equal parts."""
+        padding = -len(ids_N) % self.num_parts if len(ids_N) else self.num_parts
+        rows_1ND = self.embedding(F.pad(ids_N, (0, padding))[None])
+        return self.select_rows(rows_1ND, torch.arange(len(ids_N), device=ids_N.device))
+
+    def _place(self, hidden_BLD: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, tuple]:
+        """What the first block reads [B,L,D], and the rotary tables of global and of local attention."""
         if self.positions is not None:
             return self.embedding_norm(hidden_BLD + self.positions(positions)), (None, None)
         wide, near = self.rope_bases

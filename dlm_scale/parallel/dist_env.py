@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 from dlm_scale.errors import UsageError
 
@@ -121,3 +122,21 @@ def start_process_group(env: DistEnv, backend: str, timeout_seconds: float = 180
     # torchrun's agent already serves the store at this address; env:// knows how to join it.
     method = "env://" if env.launcher == "torch" else address
     dist.init_process_group(backend, init_method=method, rank=env.rank, world_size=env.world_size, timeout=timeout)
+
+
+def from_first(is_first: bool, first: int, group: Any, make: Callable[[], Any]) -> Any:
+    """What `make` gives on rank `first` of a group (None: of the world), on all its ranks; if it fails, all do."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return make()
+    failure, made = None, [False, None]
+    if is_first:
+        try:
+            made = [True, make()]
+        except UsageError as error:
+            failure = error
+    dist.broadcast_object_list(made, first, group=group)
+    if not made[0]:
+        raise failure or UsageError(f"rank {first} stopped: see its message")
+    return made[1]

@@ -37,12 +37,12 @@ class Mesh:
         return self.data_size * self.tensor_size
 
 
-def check_layout(world_size: int, tensor_size: int) -> None:
-    """Raises UsageError where the world does not divide into tensor-parallel groups."""
+def check_layout(world_size: int, tensor_size: int, asked_by: str = "parallel.tensor_parallel_size") -> None:
+    """Raises UsageError where the world does not divide into tensor-parallel groups. `asked_by`: the key or flag."""
     if world_size % tensor_size:
         valid = [n for n in range(1, world_size + 1) if world_size % n == 0]
         raise UsageError(
-            f"parallel.tensor_parallel_size={tensor_size} does not divide the {world_size} processes of this job; "
+            f"{asked_by}={tensor_size} does not divide the {world_size} processes of this job; "
             f"use one of {valid}, or start a multiple of {tensor_size} processes"
         )
 

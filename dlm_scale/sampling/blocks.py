@@ -13,10 +13,10 @@ def block_of_L(length: int, block_size: int, device: torch.device) -> Tensor:
     return torch.arange(length, device=device) // block_size
 
 
-def block_ends(is_open_BL: Tensor, block_size: int, num_steps: int) -> Tensor:
+def block_ends(is_open_BL: Tensor, block_size: int, num_steps: int | Tensor) -> Tensor:
     """int64 [B, K]: the step at which each block ends, in proportion to its open positions, one step a block at least.
 
-    The last is num_steps; with one step a position every block gets exactly as many as it has positions. num_steps
+    num_steps: of all rows, or [B, 1] of each. The last is num_steps; with one step a position every block gets exactly as many as it has positions. num_steps
     must not be below the number of blocks with an open position.
     """
     num_rows, length = is_open_BL.shape

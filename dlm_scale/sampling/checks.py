@@ -5,7 +5,7 @@ import inspect
 import torch
 
 from dlm_scale.sampling.blocks import num_open_blocks
-from dlm_scale.sampling.samplers import CACHES
+from dlm_scale.sampling.samplers import CACHES, HEADS
 from dlm_scale.sampling.selectors import SELECTORS
 
 
@@ -49,5 +49,9 @@ def check_extras(predict, sampler, guidance, cache, refresh_every, confidence_bi
         raise ValueError(f"refresh_every is a number of passes and needs a cache, not {refresh_every} with {cache!r}")
     if not guidance >= 0:
         raise ValueError(f"guidance is not negative, but is {guidance}")
-    if confidence_bias and SELECTORS[sampler.selector].score is None:
+    if confidence_bias and (SELECTORS[sampler.selector].score is None or sampler.selector == "all"):
         raise ValueError(f"confidence_bias needs an order by score, and selector {sampler.selector!r} has none")
+    if sampler.needs and getattr(predict, sampler.needs, None) is None:
+        raise ValueError(f"this sampler needs a predict that offers `{sampler.needs}`: {HEADS[sampler.needs]}")
+    if sampler.needs == "local" and (guidance or cache != "none"):
+        raise ValueError("local_waves knows neither guidance nor kept keys and values: leave both off")

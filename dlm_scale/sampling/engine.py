@@ -9,6 +9,7 @@ Shapes: B rows, L positions, V vocabulary, N the candidate positions of one pass
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,12 +17,14 @@ from torch import Tensor
 from dlm_scale.sampling.blocks import block_ends, block_of_L
 from dlm_scale.sampling.caches import KeyValueCache
 from dlm_scale.sampling.checks import check_blocks, check_extras, check_rows
+from dlm_scale.sampling.edits import edit, perhaps_edited
 from dlm_scale.sampling.noise import Noise, make_noise
-from dlm_scale.sampling.passes import Look
+from dlm_scale.sampling.passes import Look, biased
 from dlm_scale.sampling.samplers import Sampler, resolve
 from dlm_scale.sampling.schedules import REVISERS, SCHEDULES, timetable, waiting_step
 from dlm_scale.sampling.selectors import SELECTORS, Candidates, Selector
 from dlm_scale.sampling.tokens import TOKEN_SAMPLERS, sample_tokens
+from dlm_scale.sampling.waves import fill_in_waves
 
 _NEVER = torch.iinfo(torch.long).max
 
@@ -31,7 +34,7 @@ class State:
     """Where each row stands after a pass. All fields have B rows. Steps count from the start of the whole text.
 
     is_fresh_BL    revealed by the row's last pass
-    is_revised_BL  has been masked again at some time
+    is_revised_BL  has been masked again at some time, or was changed
     due_BL         step of each reveal in the row's block (schedules.py), undo_BL step at which one is masked again
     confidence_BL  probability that the token had when it was drawn (kept where the reviser reads it)
     nfe_B          passes of the network
@@ -76,6 +79,7 @@ class _Run:
     stop_ids: Tensor
     block_L: Tensor
     confidence_bias: Mapping[int, float]
+    edit_ids: Mapping[str, int]
 
     @property
     def selector(self) -> Selector:
@@ -84,6 +88,15 @@ class _Run:
     @property
     def looks_at_state_to_revise(self) -> bool:
         return REVISERS[self.sampler.reviser].share is not None
+
+    @property
+    def acts_at_every_step(self) -> bool:
+        """Whether something may happen to visible tokens at any step, up to the last."""
+        return self.looks_at_state_to_revise or self.sampler.edits
+
+    @property
+    def asks_critic(self) -> bool:
+        return REVISERS[self.sampler.reviser].asks_critic
 
     def table(self, num_steps: int):
         return timetable(self.sampler, num_steps, self.block_L.device)
@@ -132,6 +145,8 @@ def stream(
     refresh_every: int = 0,
     logit_bias: Mapping[int, float] = {},
     confidence_bias: Mapping[int, float] = {},
+    allow_edits: bool = False,
+    edit_ids: Mapping[str, int] = {},
 ) -> Iterator[State]:
     """The start state, then the state after every pass, until all rows are done.
 
@@ -146,11 +161,13 @@ def stream(
     cache, refresh_every: keep keys and values within a block (caches.py); predict must take the argument `cache`.
     logit_bias: value added to an id's logit. confidence_bias: value added to the score of a position whose id (drawn,
     or likeliest where the order looks at the state alone) it is; -inf: revealed only when nothing else is left.
+    allow_edits: the sampler edits visible tokens (edits.py), those that edit anyway need no word. edit_ids: the ids of
+    the answers `delete` and `gap`, of those that the network has learnt; they are drawn at visible positions alone.
     Raises ValueError on settings that make no sense.
     """
-    sampler = resolve(sampler)
+    sampler = resolve(sampler, allow_edits)
     length = x_BL.shape[-1]
-    block_size = length if block_size is None else min(block_size, length)
+    block_size = 1 if sampler.is_left_to_right else length if block_size is None else min(block_size, length)
     window = length if context is None else min(context, length)
     check_rows(x_BL, is_fixed_BL, num_steps, request_hashes, sample_indices, temperature, top_k, top_p)
     check_blocks(is_fixed_BL, num_steps, block_size, window, context)
@@ -170,6 +187,7 @@ def stream(
         torch.tensor(list(stop_ids), dtype=torch.long, device=x_BL.device),
         block_of_L(length, block_size, x_BL.device),
         confidence_bias,
+        edit_ids if sampler.edits else {},
     )
     state = _start(run, x_BL, is_fixed_BL)
     yield state
@@ -214,7 +232,9 @@ def _start(run: _Run, x_BL: Tensor, is_fixed_BL: Tensor) -> State:
 def _enter_block(run: _Run, state: State, batch_row_B: Tensor) -> State:
     """The rows begin the block of their first masked position: its reveals are scheduled (step 0 of the counter)."""
     block_B = run.block_L[state.is_masked_BL.to(torch.uint8).argmax(1)]
-    end_BK = block_ends(~state.is_fixed_BL, run.look.block_size, run.num_steps)
+    is_open_BL = ~state.is_fixed_BL
+    most_steps = is_open_BL.sum(1, keepdim=True) if run.sampler.is_left_to_right else run.num_steps
+    end_BK = block_ends(is_open_BL, run.look.block_size, most_steps)
     first_B = torch.where(block_B > 0, end_BK.gather(1, (block_B - 1).clamp(min=0)[:, None])[:, 0], 0)
     num_steps_B = end_BK.gather(1, block_B[:, None])[:, 0] - first_B
     member_BL = state.is_masked_BL & (run.block_L == block_B[:, None])
@@ -248,13 +268,17 @@ def _advance(run: _Run, state: State, batch_row_B: Tensor) -> State:
         undone_BL = _revised(run, state, batch_row_B)
     else:
         undone_BL = ~state.is_masked_BL & (state.undo_BL == step_B1)
-    after = _reveal(run, state, batch_row_B, candidate_BL) if bool(candidate_BL.any()) else state
+    edited_BL = perhaps_edited(run, state, batch_row_B) if run.sampler.edits else torch.zeros_like(candidate_BL)
+    is_seen = bool(candidate_BL.any()) or bool(edited_BL.any())
+    after = _reveal(run, state, batch_row_B, candidate_BL, edited_BL) if is_seen else state
+    if run.asks_critic:
+        return _mask_doubted(run, after, state.is_masked_BL)
     return _mask_again(run, after, batch_row_B, undone_BL) if bool(undone_BL.any()) else after
 
 
 def _next_step(run: _Run, state: State) -> Tensor:
     """The next step in which something of the row can change; steps without an event cost nothing."""
-    if run.selector.extent is not None or run.looks_at_state_to_revise:
+    if (run.selector.extent is not None and not run.asks_critic) or run.acts_at_every_step:
         return state.step_B + 1
     due_B, undo_B = (_later(steps_BL, state.step_B[:, None]) for steps_BL in (state.due_BL, state.undo_BL))
     return torch.minimum(due_B, undo_B)
@@ -275,15 +299,26 @@ def _wait(run: _Run, state: State, kind: str, row_N: Tensor, uniform_N: Tensor) 
     return event_N
 
 
-def _reveal(run: _Run, state: State, batch_row_B: Tensor, candidate_BL: Tensor) -> State:
-    """One pass over the rows that have candidates: choose among them, give ids, plan when these are undone."""
-    is_live_B = candidate_BL.any(1)
+def _reveal(run: _Run, state: State, batch_row_B: Tensor, candidate_BL: Tensor, edited_BL: Tensor) -> State:
+    """One pass over the rows that have candidates, or visible tokens that may be edited: choose among the candidates,
+    give ids, plan when these are undone; then edit."""
+    seen_BL = candidate_BL | edited_BL
+    is_live_B = seen_BL.any(1)
     live_A = is_live_B.nonzero()[:, 0]
-    look_at = state.x_BL, state.is_fixed_BL, candidate_BL, batch_row_B, state.block_B
+    look_at = state.x_BL, state.is_fixed_BL, seen_BL, batch_row_B, state.block_B
     if len(live_A) < len(is_live_B):
         look_at = tuple(whole[live_A] for whole in look_at)
-    log_probs_NV = run.look(*look_at)
-    place_M, ids_M, log_probs_MV = _choose(run, state, batch_row_B, candidate_BL, log_probs_NV)
+    if run.sampler.needs == "local":
+        x_AL, _, candidate_AL, _, block_A = look_at
+        log_probs_NV, again = run.look.local(x_AL, candidate_AL, block_A)
+        place_M, ids_M, log_probs_MV = _choose_in_waves(run, state, batch_row_B, candidate_BL, log_probs_NV, again)
+    else:
+        log_probs_NV = run.look(*look_at)
+        if run.sampler.edits:
+            is_edited_N, visible_NV = edited_BL[seen_BL], log_probs_NV
+            visible_NV, log_probs_NV = visible_NV[is_edited_N], visible_NV[~is_edited_N]
+            log_probs_NV = biased(log_probs_NV, dict.fromkeys(run.edit_ids.values(), -torch.inf))
+        place_M, ids_M, log_probs_MV = _choose(run, state, batch_row_B, candidate_BL, log_probs_NV)
     chosen_BL = torch.zeros_like(candidate_BL).index_put(place_M, torch.ones_like(ids_M, dtype=torch.bool))
     after = replace(
         state,
@@ -292,6 +327,9 @@ def _reveal(run: _Run, state: State, batch_row_B: Tensor, candidate_BL: Tensor) 
         is_fresh_BL=chosen_BL,
         nfe_B=state.nfe_B + is_live_B * run.look.nfe,
     )
+    if run.sampler.edits:
+        wait = partial(_wait, run, after, "log_masked_T1")
+        return edit(run, after, batch_row_B, edited_BL, visible_NV, wait)
     return _plan_revision(run, after, batch_row_B, place_M, log_probs_MV.gather(1, ids_M[:, None])[:, 0])
 
 
@@ -305,13 +343,35 @@ def _choose(run, state, batch_row_B, candidate_BL, log_probs_NV) -> tuple[tuple[
     if run.selector.reads_tokens:
         token_uniform_N, other_uniform_N = _uniforms(run, state, batch_row_B, place_N)
         ids_N = run.draw(log_probs_NV, token_uniform_N)
-    remaining_B = 1 - (state.step_B - state.first_step_B).double() / state.num_steps_B
-    candidates = Candidates(log_probs_NV, ids_N, other_uniform_N, remaining_B[place_N[0]])
-    chosen_M = _best(run, state, candidate_BL, _scores(run, candidates)).nonzero()[:, 0]
+    chosen_M = _ranked(run, state, candidate_BL, log_probs_NV, ids_N, other_uniform_N)
     place_M, log_probs_MV = tuple(index[chosen_M] for index in place_N), log_probs_NV[chosen_M]
     if ids_N is not None:
         return place_M, ids_N[chosen_M], log_probs_MV
     return place_M, run.draw(log_probs_MV, _uniforms(run, state, batch_row_B, place_M)[0]), log_probs_MV
+
+
+def _choose_in_waves(
+    run, state, batch_row_B, candidate_BL, log_probs_NV, again
+) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
+    """The same with ids that are drawn in waves: `again` gives log-probabilities of candidates given ids beside them."""
+    place_N = candidate_BL.nonzero(as_tuple=True)
+    chosen_M = torch.arange(len(log_probs_NV), device=log_probs_NV.device)
+    if run.selector.score is not None:
+        chosen_M = _ranked(run, state, candidate_BL, log_probs_NV, None, None)
+    place_M = tuple(index[chosen_M] for index in place_N)
+    uniform_M, _ = _uniforms(run, state, batch_row_B, place_M)
+    ids_M = fill_in_waves(
+        lambda which_K, *beside: again(chosen_M[which_K], *beside), run.draw, state.x_BL, state.x_BL == run.mask_id,
+        place_M, uniform_M,
+    )  # fmt: skip
+    return place_M, ids_M, log_probs_NV[chosen_M]
+
+
+def _ranked(run, state, candidate_BL, log_probs_NV, ids_N, uniform_N) -> Tensor:
+    """Numbers [M] of the candidates that a selector by score reveals."""
+    remaining_B = 1 - (state.step_B - state.first_step_B).double() / state.num_steps_B
+    candidates = Candidates(log_probs_NV, ids_N, uniform_N, remaining_B[candidate_BL.nonzero(as_tuple=True)[0]])
+    return _best(run, state, candidate_BL, _scores(run, candidates)).nonzero()[:, 0]
 
 
 def _uniforms(run: _Run, state: State, batch_row_B: Tensor, place_N: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -365,6 +425,31 @@ def _revised(run: _Run, state: State, batch_row_B: Tensor) -> Tensor:
     return torch.zeros_like(is_revealed_BL).index_put(place_N, token_uniform_N < chance_BL[place_N])
 
 
+def _mask_doubted(run: _Run, state: State, was_masked_BL: Tensor) -> State:
+    """One more look, a critic's, at rows that are to keep masks in their block: the likeliest errors are masked again,
+    whenever they were revealed."""
+    count_B = (state.due_BL > state.step_B[:, None]).sum(1)
+    judged_A = (count_B > 0).nonzero()[:, 0]
+    if len(judged_A) == 0:
+        return state
+    open_AL = (~state.is_fixed_BL & run.is_active(state))[judged_A]
+    logit_N = run.look.critique(state.x_BL[judged_A], open_AL, state.block_B[judged_A]).double()
+    lowest = torch.finfo(logit_N.dtype).min  # -inf is what positions out of question have
+    score_AL = torch.full_like(open_AL, -torch.inf, dtype=torch.float64).masked_scatter(open_AL, logit_N.clamp(min=lowest))
+    order_AL = score_AL.argsort(dim=1, descending=True, stable=True)
+    is_worst_AL = torch.arange(order_AL.shape[1], device=order_AL.device) < count_B[judged_A, None]
+    doubted_BL = torch.zeros_like(was_masked_BL)
+    doubted_BL[judged_A] = torch.zeros_like(open_AL).scatter(1, order_AL, is_worst_AL)
+    return replace(
+        state,
+        x_BL=state.x_BL.masked_fill(doubted_BL, run.mask_id),
+        is_masked_BL=state.is_masked_BL | doubted_BL,
+        is_fresh_BL=state.is_fresh_BL & ~doubted_BL,
+        is_revised_BL=state.is_revised_BL | (doubted_BL & ~was_masked_BL),
+        nfe_B=state.nfe_B + (count_B > 0),
+    )
+
+
 def _mask_again(run: _Run, state: State, batch_row_B: Tensor, undone_BL: Tensor) -> State:
     """Mask what is due to be undone, and plan when it is revealed again."""
     place_N = undone_BL.nonzero(as_tuple=True)
@@ -384,7 +469,7 @@ def _finish(run: _Run, state: State, batch_row_B: Tensor) -> State:
     """Rows with nothing left to do in their block go to the next; those without one, or at a stop id, are done."""
     pending_BL = (state.is_masked_BL & run.is_active(state)) | (~state.is_masked_BL & (state.undo_BL != _NEVER))
     is_idle_B = ~pending_BL.any(1)
-    if run.looks_at_state_to_revise:
+    if run.acts_at_every_step:
         is_idle_B &= state.step_B == state.first_step_B + state.num_steps_B
     is_done_B = is_idle_B & ~state.is_masked_BL.any(1)
     if len(run.stop_ids):

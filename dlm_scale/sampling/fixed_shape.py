@@ -13,6 +13,7 @@ Shapes: B canvases, R of one pass, L positions, D width, N candidates, H rows of
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,7 +39,7 @@ PASS_SHAPES = {"cpu": PassShape(512, 8, 48), "cuda": PassShape(1 << 15, 256, 256
 
 @dataclass
 class FixedShapePredict:
-    """`predict(x_BL, rows_N)` of a model, see above. Counts the canvases that passes took and those that filled up."""
+    """`Predict` (predict.py) of a model, see above. Counts the canvases that passes took and those that filled up."""
 
     model: Any
     mask_id: int
@@ -48,11 +49,40 @@ class FixedShapePredict:
     num_copies: int = 0
     rows_by_length: dict[int, int] = field(default_factory=dict)
     is_as_full: dict[tuple[int, int], bool] = field(default_factory=dict)
-    head_rows: "int | None" = None
+    head_rows: dict[str, int] = field(default_factory=dict)  # of a block, for each kind of reading
 
     @torch.no_grad()
     def __call__(self, x_BL: Tensor, rows_N: Tensor, attention: Any = None) -> Tensor:
         """Float32 log-probabilities [N, V] at flat positions, ascending."""
+        return self._log_probs(*self._hidden(x_BL, rows_N, attention))
+
+    @property
+    def critique(self) -> "Callable | None":
+        return self._critique if self.model.head.critic is not None else None
+
+    @property
+    def local(self) -> "Callable | None":
+        return self._local if self.model.head.sampler is not None else None
+
+    @torch.no_grad()
+    def _critique(self, x_BL: Tensor, rows_N: Tensor) -> Tensor:
+        view, hidden_ND = self._hidden(x_BL, rows_N, None)
+        return self._in_blocks("critic", lambda hidden: view.over(hidden).critic(), hidden_ND)
+
+    @torch.no_grad()
+    def _local(self, x_BL: Tensor, rows_N: Tensor) -> tuple[Tensor, Callable]:
+        view, hidden_ND = self._hidden(x_BL, rows_N, None)
+
+        def again(which_M: Tensor, left_M: Tensor, right_M: Tensor) -> Tensor:
+            def read(hidden: Tensor, left: Tensor, right: Tensor) -> Tensor:
+                return view.over(hidden).local(left, right).log_probs()
+
+            return self._in_blocks("local", read, hidden_ND[which_M], left_M, right_M)
+
+        return self._log_probs(view, hidden_ND), torch.no_grad()(again)
+
+    def _hidden(self, x_BL: Tensor, rows_N: Tensor, attention: Any) -> tuple[Any, Tensor]:
+        """The head's view, and the hidden states [N, D] at flat positions, ascending."""
         x_BL, rows_N = x_BL.to(self.device), rows_N.to(self.device)
         length = x_BL.shape[1]
         most = self._most_rows(x_BL, attention)
@@ -66,7 +96,7 @@ class FixedShapePredict:
             hidden.append(view.hidden_ND[part_N - number * most * length])
             self.num_rows += rows
             self.num_copies += rows - len(part)
-        return self._head(view, torch.cat(hidden))
+        return view, torch.cat(hidden)
 
     def _trunk(self, x_RL: Tensor, attention: Any) -> Any:
         """The head's view of the final hidden states at all positions."""
@@ -74,13 +104,17 @@ class FixedShapePredict:
         m_R = (x_RL == self.mask_id).float().mean(dim=1)
         return self.model(x_RL, m_B=m_R, rows_N=every_N, readout=lambda view: view, attention=attention)
 
-    def _head(self, view: Any, hidden_ND: Tensor) -> Tensor:
-        if self.head_rows is None:
-            block_HD = hidden_ND[:1].expand(self.shape.head_rows, -1).contiguous()
-            self.head_rows = self.shape.head_rows if _all_equal(view.over(block_HD).log_probs()) else 1
-        blocks = hidden_ND.split(self.head_rows)
-        log_probs = [view.over(_filled(block, self.head_rows)).log_probs()[: len(block)] for block in blocks]
-        return torch.cat(log_probs)
+    def _log_probs(self, view: Any, hidden_ND: Tensor) -> Tensor:
+        return self._in_blocks("log_probs", lambda hidden: view.over(hidden).log_probs(), hidden_ND)
+
+    def _in_blocks(self, kind: str, read: Callable, *inputs: Tensor) -> Tensor:
+        """`read` of the inputs [N, ...], a block of rows after the other."""
+        if kind not in self.head_rows:
+            copies = read(*(_filled(given[:1], self.shape.head_rows) for given in inputs))
+            self.head_rows[kind] = self.shape.head_rows if _all_equal(copies) else 1
+        rows = self.head_rows[kind]
+        blocks = zip(*(given.split(rows) for given in inputs))
+        return torch.cat([read(*(_filled(part, rows) for part in block))[: len(block[0])] for block in blocks])
 
     def _most_rows(self, x_BL: Tensor, attention: Any) -> int:
         """Canvases of a full pass at this length: the most, up to what the shape says, whose places all agree."""

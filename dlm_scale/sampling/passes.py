@@ -33,9 +33,8 @@ class Look:
     def __call__(self, x_AL, is_fixed_AL, candidate_AL, batch_row_A, block_A) -> Tensor:
         """Log-probabilities [N, V] at the candidates, in their order; every row has at least one."""
         start_A = window_starts(block_A, self.block_size, self.window, x_AL.shape[1])
-        x_AW, is_fixed_AW, candidate_AW = (self._windows(whole, start_A) for whole in (x_AL, is_fixed_AL, candidate_AL))
-        rows_N = candidate_AW.flatten().nonzero()[:, 0]
-        span_A2 = self._spans(block_A, start_A)
+        x_AW, rows_N = self._seen(x_AL, candidate_AL, start_A)
+        is_fixed_AW, span_A2 = self._windows(is_fixed_AL, start_A), self._spans(block_A, start_A)
         if self.guidance == 0:
             log_probs_NV = self._log_probs(x_AW, rows_N, batch_row_A, block_A, span_A2)
         else:
@@ -49,6 +48,21 @@ class Look:
             )
             log_probs_NV = guided(*both_NV.chunk(2), self.guidance)
         return biased(log_probs_NV, self.logit_bias)
+
+    def local(self, x_AL, candidate_AL, block_A) -> tuple[Tensor, Callable]:
+        """The same, and what gives log-probabilities anew once ids beside a candidate are known (predict.py)."""
+        start_A = window_starts(block_A, self.block_size, self.window, x_AL.shape[1])
+        log_probs_NV, again = self.predict.local(*self._seen(x_AL, candidate_AL, start_A))
+        return biased(log_probs_NV, self.logit_bias), lambda *known: biased(again(*known), self.logit_bias)
+
+    def critique(self, x_AL, candidate_AL, block_A) -> Tensor:
+        """Logits [N] of an error at the candidates, in their order."""
+        start_A = window_starts(block_A, self.block_size, self.window, x_AL.shape[1])
+        return self.predict.critique(*self._seen(x_AL, candidate_AL, start_A))
+
+    def _seen(self, x_AL: Tensor, candidate_AL: Tensor, start_A: Tensor) -> tuple[Tensor, Tensor]:
+        """The windows, and the candidates' flat positions in them."""
+        return self._windows(x_AL, start_A), self._windows(candidate_AL, start_A).flatten().nonzero()[:, 0]
 
     def _windows(self, whole_AL: Tensor, start_A: Tensor) -> Tensor:
         if self.window == whole_AL.shape[1]:

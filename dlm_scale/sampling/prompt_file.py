@@ -18,7 +18,14 @@ from typing import IO, Any
 import numpy as np
 
 from dlm_scale.errors import UsageError
-from dlm_scale.sampling.requests import Canvas, chat_canvas, infill_canvas, open_canvas, prompt_canvas
+from dlm_scale.sampling.requests import (
+    Canvas,
+    chat_canvas,
+    infill_canvas,
+    open_canvas,
+    prompt_canvas,
+    require_prompt,
+)
 
 MAX_LINE_BYTES = 16 << 20
 KINDS = ("prompt", "text", "tokens", "messages")
@@ -37,6 +44,7 @@ class Reader:
     vocabulary: Any
     seq_len: int
     max_new_tokens: "int | None"
+    is_left_to_right: bool = False  # then nothing may stand behind an open position
     chat: Any = None
 
     def request(self, line: bytes) -> tuple["str | int", Canvas]:
@@ -49,7 +57,8 @@ class Reader:
         if type(request_id) not in (str, int) or request_id == "":
             raise UsageError("no id: give each line its own, a text or a whole number")
         str(request_id).encode()  # half a surrogate pair is no text
-        return request_id, self._canvas(value)
+        canvas = self._canvas(value)
+        return request_id, require_prompt(canvas) if self.is_left_to_right else canvas
 
     def _canvas(self, value: dict[str, Any]) -> Canvas:
         mask_id, seq_len = self.vocabulary.mask_id, self.seq_len

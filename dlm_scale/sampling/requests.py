@@ -75,6 +75,14 @@ def open_canvas(ids: Sequence[int], mask_id: int, seq_len: int) -> Canvas:
     return Canvas(list(ids), [token != mask_id for token in ids])
 
 
+def require_prompt(canvas: Canvas) -> Canvas:
+    """The canvas, whose open positions come last. Raises UsageError where text stands behind one."""
+    if canvas.is_fixed != sorted(canvas.is_fixed, reverse=True):
+        raise UsageError("text stands behind a hole, and this checkpoint is autoregressive: it sees what comes before "
+                         "alone; give a prompt, or take a masked checkpoint")
+    return canvas
+
+
 def too_long(what: str, length: int, seq_len: int) -> UsageError:
     return UsageError(
         f"{what} = {length} tokens, but the limit (the checkpoint's seq_len; with --block_size {LONGEST_IN_BLOCKS}) "

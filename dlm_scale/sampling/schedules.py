@@ -149,10 +149,13 @@ class Reviser:
 
     Without `share` it holds for every revealed position, so waiting times can be drawn in advance. With
     share(confidence [B, L], is_revealed [B, L]) -> parts [B, L], each has its part of sigma, drawn step by step.
+    asks_critic: of all that is not fixed, the positions that a critic doubts most are masked again after each reveal, as
+    many as the schedule leaves for later.
     """
 
     sigma: Callable[[Tensor, Tensor, Sampler], Tensor]
     share: "Callable[[Tensor, Tensor], Tensor] | None" = None
+    asks_critic: bool = False
 
 
 REVISERS = {
@@ -161,4 +164,5 @@ REVISERS = {
     "rescale": Reviser(rescale),
     "confidence": Reviser(rescale, share=least_probable),
     "loop": Reviser(loop),
+    "critic": Reviser(no_revision, asks_critic=True),
 }

@@ -82,8 +82,19 @@ def within_factor(score_BL: Tensor, sampler: Sampler) -> Tensor:
     return ((score_BL.exp() >= 1 - sampler.factor / (count_L + 1)) & ~score_BL.isinf()).sum(1)
 
 
+def indifferent(candidates: Candidates, sampler: Sampler) -> Tensor:
+    """No preference."""
+    return torch.zeros(len(candidates.log_probs_NV), dtype=torch.float64, device=candidates.log_probs_NV.device)
+
+
+def everything(score_BL: Tensor, sampler: Sampler) -> Tensor:
+    """All candidates."""
+    return (~score_BL.isinf()).sum(1)
+
+
 SELECTORS = {
     "due": Selector(),
+    "all": Selector(indifferent, extent=everything),
     "max_prob": Selector(max_prob),
     "entropy": Selector(negative_entropy),
     "margin": Selector(margin),

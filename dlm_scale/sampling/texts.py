@@ -8,10 +8,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dlm_scale.errors import UsageError
-from dlm_scale.sampling.requests import Canvas, Sample, chat_canvas, finished, infill_canvas, prompt_canvas
+from dlm_scale.sampling.requests import (
+    Canvas,
+    Sample,
+    chat_canvas,
+    finished,
+    infill_canvas,
+    prompt_canvas,
+    require_prompt,
+)
 from dlm_scale.sampling.settings import (
     add_sampling_arguments,
     check_sampling,
+    goes_left_to_right,
+    is_gaussian,
     longest_canvas,
     num_steps,
     stream_settings,
@@ -27,7 +37,8 @@ def text_canvas(inference: Any, text: str, is_infill: bool, options: Mapping[str
         raise UsageError("this checkpoint was trained on synthetic tokens: it has no tokenizer, so no text to sample")
     longest = longest_canvas(options, inference)
     if is_infill:
-        return infill_canvas(text, inference.tokenizer, longest)
+        canvas = infill_canvas(text, inference.tokenizer, longest)
+        return require_prompt(canvas) if goes_left_to_right(inference) else canvas
     size = options["max_new_tokens"], inference.vocabulary.mask_id, longest
     if options["chat"] is not None:
         return chat_canvas(inference.chat(options["chat"]).asked(text), *size)
@@ -46,16 +57,27 @@ def stream_canvas(inference: Any, text: str, canvas: Canvas, indices: Sequence[i
     """
     import torch
 
-    from dlm_scale.sampling.engine import stream
-
     x_BL = torch.tensor([canvas.ids] * len(indices), device=inference.device)
     is_fixed_BL = torch.tensor([canvas.is_fixed] * len(indices), device=inference.device)
     hashes = [zlib.crc32(text.encode())] * len(indices)
     rows = {"request_hashes": hashes, "sample_indices": indices}
     try:
-        yield from stream(inference.predict, x_BL, is_fixed_BL, **rows, **settings)
+        yield from states(inference, x_BL, is_fixed_BL, **rows, **settings)
     except ValueError as error:
         raise UsageError(f"cannot sample: {error}") from error
+
+
+def states(inference: Any, x_BL: Any, is_fixed_BL: Any, *, predict: Any = None, **settings: Any) -> Iterator:
+    """The States of sampling by the checkpoint's kind of diffusion. predict: in place of its own `predict`, or of its
+    `denoise` where it is Gaussian."""
+    if is_gaussian(inference):
+        from dlm_scale.sampling.gaussian import stream
+
+        denoise, vectors = predict or inference.denoise, inference.token_vectors
+        return stream(denoise, vectors, inference.process, x_BL, is_fixed_BL, **settings)
+    from dlm_scale.sampling.engine import stream
+
+    return stream(predict or inference.predict, x_BL, is_fixed_BL, **settings)
 
 
 def samples_of(inference: Any, canvas: Canvas, state: Any, indices: Sequence[int], settings: Mapping) -> list[Sample]:

@@ -10,6 +10,8 @@ from typing import Callable
 import torch
 from torch import Tensor
 
+from dlm_scale.diffusion.fill import categorical
+
 _MAX_ELEMENTS = 1 << 24
 
 
@@ -24,9 +26,7 @@ def inverse_cdf(log_probs_NV: Tensor, uniform_N: Tensor, temperature: float, top
         weight_NV = weight_NV * _is_top_k(weight_NV, top_k)
     if top_p < 1:
         weight_NV = weight_NV * _is_nucleus(weight_NV, top_p)
-    cdf_NV = weight_NV.cumsum(-1, dtype=torch.float64)
-    target_N1 = uniform_N[:, None] * cdf_NV[:, -1:]
-    return torch.searchsorted(cdf_NV, target_N1, right=True)[:, 0]
+    return categorical(weight_NV, uniform_N)
 
 
 def argmax(log_probs_NV: Tensor, uniform_N: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
@@ -51,7 +51,8 @@ def _is_nucleus(weight_NV: Tensor, top_p: float) -> Tensor:
     return torch.zeros_like(is_kept_NV).scatter(1, order_NV, is_kept_NV)
 
 
-TOKEN_SAMPLERS = {"inverse_cdf": inverse_cdf, "argmax": argmax}
+# local_waves: each id is drawn so, from a law that knows the ids beside it (waves.py).
+TOKEN_SAMPLERS = {"inverse_cdf": inverse_cdf, "argmax": argmax, "local_waves": inverse_cdf}
 
 
 def sample_tokens(

@@ -30,6 +30,7 @@ SHAPES = {
     "bert": {"norm": "layernorm", "norm_bias": True, "norm_placement": "post", "bias": "all", "mlp": "gelu_tanh",
              "position": "learned", "embedding_norm": "extra", "head_transform": True, "head_bias": True},
     "modern": {"norm": "layernorm", "mlp": "geglu", "embedding_norm": "first", "window": 3, "logit_shift": True},
+    "heads": {"critic": True, "sampler_head": True},
 }  # fmt: skip
 
 
@@ -87,7 +88,7 @@ def test_the_averaged_weights_are_chosen_by_name(checkpoint, tmp_path):
 def test_shape_fields_are_those_of_the_config():
     from dlm_scale.config import ModelConfig
 
-    assert set(SHAPE) == set(ModelConfig.model_fields) - {"init_from"}
+    assert set(SHAPE) == set(ModelConfig.model_fields) - {"init_from", "depth"}
     assert DlmScaleConfig(num_layers=3).num_hidden_layers == 3
     inside, last = DlmScaleConfig(vocab_size=9, mask_token_id=4).vocabulary, DlmScaleConfig().vocabulary
     assert (inside.num_outputs, last.num_outputs) == (9, Vocabulary(257, 256).num_outputs)
@@ -262,3 +263,19 @@ def test_a_fresh_environment_needs_transformers_and_torch_alone(pipe, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == repr(pipe("the ", num_steps=7, seed=5, max_length=13)["decoded_texts"][0])
+
+
+def test_an_export_carries_the_heads_and_another_family_says_that_it_leaves_them_out(checkpoint, tmp_path):
+    """The critic's and the sampler head's words are those of the checkpoint, bit by bit."""
+    source, said = checkpoint(critic=True, sampler_head=True, logit_shift=True, qk_norm=False), []
+    model = DlmScaleForMaskedLM.from_pretrained(exported(source, tmp_path / "hf")).eval()
+    x_BL, rows_N = ids(), torch.arange(48)
+    left_N, right_N = torch.arange(48) % 5 - 1, torch.arange(48) % 7 - 1
+    ours, theirs = load_for_inference(source, device="cpu", use_ema=False).predict, model.predict
+    assert ours.critique(x_BL, rows_N).equal(theirs.critique(x_BL, rows_N))
+    (plain, again), (same, once_more) = (predict.local(x_BL, rows_N) for predict in (ours, theirs))
+    assert plain.equal(same) and again(rows_N, left_N, right_N).equal(once_more(rows_N, left_N, right_N))
+    exported(source, tmp_path / "llama", family="llama", say=said.append)
+    assert any("left out, for llama" in text and "head.critic.weight" in text for text in said)
+    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "llama")
+    assert sum("critic" in name for name, _ in loaded.named_parameters()) == 0

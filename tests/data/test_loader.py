@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from benchmarks import benchmark_loader
 from dlm_scale.data import loader
 from dlm_scale.data.indexed import IndexedDataset
 from dlm_scale.data.loader import ValidationData, open_data, open_split, require_same_tokenizer
@@ -230,6 +231,17 @@ def test_rows_of_a_large_file_are_those_of_a_small_one(dataset, monkeypatch):
     monkeypatch.setattr(loader, "SCANNED_TOKENS", 200)
     monkeypatch.setattr(loader, "STRETCH_TOKENS", 3)
     assert np.array_equal(open_data(str(dataset / "train"), L, 1).rows(np.arange(50)), small)
+
+
+def test_the_benchmark_of_speed_runs(monkeypatch, capsys):
+    command = ["benchmark_loader", "--json", "--only", "speed", "--tokens", "40000", "--repeats", "1"]
+    monkeypatch.setattr(sys, "argv", command)
+    benchmark_loader.main()
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    read = {f"{kind}_{source}" for kind in ("windows", "packed") for source in ("one", "mixture")}
+    arms = read | {"batch_windows_one", "batch_packed_one", "get_batch", "get_batch_ids"}
+    assert all(found[f"mtokens_per_cpu_second_{name}"] > 0 for name in arms)
+    assert all(found[f"ratio_{name}"] > 0 for name in read) and found["ratio_ids_windows_one"] > 0
 
 
 @pytest.mark.slow

@@ -1,12 +1,14 @@
 """Invariant I13 and the objective's sums, with a table of logits in place of a network."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from dlm_scale.diffusion.corruption import corrupt
-from dlm_scale.diffusion.objective import cross_entropy_by_bin, masked_diffusion
+from dlm_scale.diffusion.objective import cross_entropy_by_bin, masked_diffusion, mean_stat
 from dlm_scale.diffusion.schedule import SCHEDULES
 from dlm_scale.diffusion.timestep import stratified_times
 from dlm_scale.diffusion.weighting import WEIGHTINGS
@@ -20,9 +22,10 @@ class TableHead:
     def __init__(self, logits_NV):
         self.logits_NV = logits_NV
 
-    def cross_entropy(self, target_N, weight_N, z_loss=0.0):
+    def cross_entropy(self, target_N, weight_N, z_loss=0.0, label_smoothing=0.0):
         ce_N = F.cross_entropy(self.logits_NV, target_N, reduction="none")
-        loss_sum = (weight_N * ce_N).sum() + z_loss * torch.logsumexp(self.logits_NV, -1).square().sum()
+        smooth_N = F.cross_entropy(self.logits_NV, target_N, reduction="none", label_smoothing=label_smoothing)
+        loss_sum = (weight_N * smooth_N).sum() + z_loss * torch.logsumexp(self.logits_NV, -1).square().sum()
         return loss_sum, ce_N, self.logits_NV.argmax(-1) == target_N
 
 
@@ -113,3 +116,28 @@ def test_cross_entropy_by_bin():
     ce_N, m_N = torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([0.001, 0.25, 0.2500001, 1.0])
     assert cross_entropy_by_bin(ce_N, m_N, 4).tolist() == [[3.0, 4.0, 0.0, 8.0], [2.0, 1.0, 0.0, 1.0]]
     assert cross_entropy_by_bin(ce_N[:0], m_N[:0], 4).tolist() == [[0.0] * 4] * 2
+
+
+def test_other_weights_and_added_terms():
+    """`weigh` replaces the weights of the loss alone; a term adds its loss and its statistics."""
+    table, c = logits(), batch(np.arange(B))
+    plain_sum, plain = masked_diffusion(network(table), c)
+    term = lambda head, corrupted: (head.logits_NV.sum(), {"extra": mean_stat(corrupted.weight_N)})  # noqa: E731
+    loss_sum, stats = masked_diffusion(network(table), c, weigh=lambda head, _: 2 * c.weight_N, terms=[term])
+    assert loss_sum.item() == pytest.approx(2 * plain_sum.item() + table.flatten(0, 1)[c.rows_N].sum().item(), rel=1e-12)
+    assert stats.pop("extra").tolist() == [c.weight_N.double().sum().item(), c.rows_N.numel()]
+    assert stats.keys() == plain.keys() and all(torch.equal(stats[name], plain[name]) for name in plain)
+
+
+def test_statistics_count_masked_tokens_alone():
+    """Rows of another kind carry loss, and nothing of them is in the statistics."""
+    table, c = logits(), batch(np.arange(B))
+    visible = torch.arange(c.rows_N.numel()) % 3 == 0
+    kinds = c.kind_N.masked_fill(visible, 3)
+    mixed = replace(c, kind_N=kinds, elbo_weight_N=c.elbo_weight_N.masked_fill(visible, 0.0))
+    few = replace(c, rows_N=c.rows_N[~visible], target_N=c.target_N[~visible], weight_N=c.weight_N[~visible],
+                  elbo_weight_N=c.elbo_weight_N[~visible], kind_N=c.kind_N[~visible])  # fmt: skip
+    (whole_sum, whole), (few_sum, alone) = (masked_diffusion(network(table), each) for each in (mixed, few))
+    assert whole_sum > few_sum
+    for name in alone:
+        torch.testing.assert_close(whole[name], alone[name], rtol=1e-12, atol=0)

@@ -68,7 +68,7 @@ def test_counter_of_splits_64_bits():
 
 
 def test_streams_are_the_counter_table():
-    names = "MASK REPLACEMENT SEGMENT_TIME LENGTH EDIT CRITIC PART TIME ORDER INIT EVAL SAMPLE SYNTHETIC".split()
+    names = "MASK REPLACEMENT SEGMENT_TIME LENGTH EDIT CRITIC PART TIME ORDER INIT EVAL SAMPLE SYNTHETIC GAUSS".split()
     assert [(s.name, int(s)) for s in Stream] == [(n, i) for i, n in enumerate(names)]
 
 

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from dlm_scale import ops
 from dlm_scale.config import config_from_dict
 from dlm_scale.data.loader import open_data
-from dlm_scale.diffusion.objective import masked_diffusion
 from dlm_scale.diffusion.schedule import SCHEDULES
 from dlm_scale.diffusion.segments import Rows, cut_rows, row_lengths, segment_times
 from dlm_scale.diffusion.timestep import stratified_times
@@ -24,6 +23,7 @@ from dlm_scale.diffusion.corruption import corrupt
 from dlm_scale.engine.batch_hash import batch_hash
 from dlm_scale.engine.build import build_trainer
 from dlm_scale.engine.muon import newton_schulz
+from dlm_scale.engine.objectives import objective_of, with_draws
 from dlm_scale.engine.optimizer import rate_factor
 from dlm_scale.engine.state import TrainState
 from dlm_scale.engine.state_access import zero_slot_source
@@ -77,6 +77,13 @@ MODELS = {  # names of model variants: what they change
              "model__embedding_norm": "extra", "model__mlp": "gelu_tanh", "model__head_transform": True},
     "chars": {"data__synthetic_vocab_size": 37},  # all ranks but the first hold padding alone
     "recompute": {"train__activation_checkpoint_every": 1},
+    "critic": {"model__critic": True, "model__tied": True, "model__time_conditioning": "adaln",
+               "objective__critic_alpha": 0.5, "objective__critic_start": 2, "objective__critic_end": 6,
+               "objective__critic_every": 3, "objective__critic_scope": "masked_and_visible",
+               "data__random_length_share": 0.5},
+    "heads": {"model__critic": True, "model__sampler_head": True, "objective__critic_alpha": 0.5,
+              "objective__critic_detach": True, "objective__critic_weighting": True, "objective__critic_start": 1,
+              "objective__sampler_alpha": 0.5, "objective__sampler_start": 2},
 }
 
 
@@ -138,6 +145,10 @@ class PackedData:
     @property
     def vocabulary(self):
         return self.plain.vocabulary
+
+    @property
+    def tokenizer_meta(self):
+        return self.plain.tokenizer_meta
 
     def rows(self, sample_B: np.ndarray) -> Rows:
         ids_BL = self.plain.rows(sample_B)
@@ -202,14 +213,17 @@ def whole_batch(config, data, step: int):
     rows, seed, length = config.train.global_batch_size, config.train.seed, config.model.seq_len
     index, times = step * rows + np.arange(rows), stratified_times(seed, step, rows)
     given, options = data.rows(index), {"denominator": rows * length}
+    maskable_BL = np.ones((rows, length), bool)
     if config.data.random_length_share:
         given = cut_rows(given, row_lengths(seed, index, length, config.data.random_length_share))
         times = segment_times(seed, index, times, given.bounds_S1, length)
-        options = {"denominator": given.maskable_BL.sum(), "maskable_BL": given.maskable_BL,
+        maskable_BL = given.maskable_BL
+        options = {"denominator": maskable_BL.sum(), "maskable_BL": maskable_BL,
                    "attention": ops.Segments(torch.from_numpy(given.bounds_S1))}
         given = given.ids_BL
-    return corrupt(given, index, times, seed=seed, schedule=SCHEDULES[config.diffusion.schedule],
-                   weighting=WEIGHTINGS[config.diffusion.weighting], mask_id=data.vocabulary.mask_id, **options)
+    corrupted = corrupt(given, index, times, seed=seed, schedule=SCHEDULES[config.diffusion.schedule],
+                        weighting=WEIGHTINGS[config.diffusion.weighting], mask_id=data.vocabulary.mask_id, **options)
+    return with_draws(config, corrupted, maskable_BL, index)
 
 
 def run_twin(config, steps: int) -> dict[str, Any]:
@@ -225,20 +239,22 @@ def run_twin(config, steps: int) -> dict[str, Any]:
     options, named = config.optimizer, dict(model.named_parameters())
     matrices = {n: torch.zeros(table[n].shape) for n in table if options.name == "muon" and table[n].is_hidden_matrix}
     decaying = [named[n] for n in table if table[n].decays and n not in matrices]
-    groups = [{"params": decaying, "weight_decay": options.weight_decay},
-              {"params": [named[n] for n in table if not table[n].decays], "weight_decay": 0.0}]
+    tables = [named[n] for n in ("embedding.weight", "head.weight") if n in named]
+    others = [named[n] for n in table if not table[n].decays and not n.endswith(("embedding.weight", "head.weight"))]
+    groups = [{"params": decaying, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0},
+              {"params": tables, "weight_decay": 0.0, "rate": options.embedding_learning_rate or options.learning_rate}]
     betas = (options.beta1, options.beta2)
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, eps=options.eps)
-    lines, state = [], TrainState()
+    lines, state, objective = [], TrainState(), objective_of(config)
     for _ in range(steps):
         corrupted = whole_batch(config, data, state.step)
-        loss = masked_diffusion(model, corrupted, config.diffusion.z_loss)[0] / corrupted.denominator
+        loss = objective(model, corrupted, state.step)[0] / corrupted.denominator
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.gradient_clip)
         factor = rate_factor(state.step, config.train.num_steps, options)
         for group in optimizer.param_groups:
-            group["lr"] = options.learning_rate * factor
+            group["lr"] = group.get("rate", options.learning_rate) * factor
         for name, momentum in matrices.items():
             parts = _rows_of_parts(name, config.model)
             _muon_step(named[name], momentum, parts, options.muon_learning_rate * factor, options)

@@ -1,7 +1,9 @@
 import pytest
 
-import deepspeed  # noqa: F401  (once, before any fork; so is the next)
+import deepspeed  # noqa: F401  (once, before any fork; so are the next)
 import matplotlib.pyplot  # noqa: F401
+import torch._dynamo  # noqa: F401  (the first optimizer of a process imports these two: 2 CPU seconds a fork)
+import torch._inductor.compile_fx  # noqa: F401
 
 from dlm_scale.data.prepare import prepare
 

@@ -111,7 +111,7 @@ def break_losses(steps: range | set[int], value: float = float("nan")) -> None:
     """In this process, multiply the losses of these steps (1-based) by `value`."""
     from dlm_scale.engine import loop, step
 
-    objective, train_step, place = step.masked_diffusion, loop.train_step, {}
+    objective, train_step, place = step.loss_of, loop.train_step, {}
 
     def remembering(trainer, batch, state, *hooks):
         place["step"] = state.step + 1
@@ -121,7 +121,7 @@ def break_losses(steps: range | set[int], value: float = float("nan")) -> None:
         loss_sum, stats = objective(*args)
         return loss_sum * (value if place["step"] in steps else 1.0), stats
 
-    loop.train_step, step.masked_diffusion = remembering, broken
+    loop.train_step, step.loss_of = remembering, broken
 
 
 def assert_no_secret(out: Path) -> None:

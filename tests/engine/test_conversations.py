@@ -20,8 +20,9 @@ from dlm_scale.errors import UsageError
 from dlm_scale.inference import load_for_inference
 from dlm_scale.model.transformer import Transformer
 from dlm_scale.train import open_datasets
-from tests.engine.cases import case_config
+from tests.engine.cases import case_config, import_distributed
 from tests.engine.reliability import status, train
+from tests.forked import run_ranks
 
 SEQ_LEN = 96
 
@@ -73,7 +74,7 @@ def test_no_prompt_token_has_a_part_in_the_loss(chat, padding):
     def hidden_fn(xt_BL, *, m_B, rows_N, readout, attention):
         logits_NV = logits_BLV.flatten(0, 1)[rows_N]
 
-        def cross_entropy(target_N, weight_N, z_loss):
+        def cross_entropy(target_N, weight_N, z_loss, label_smoothing):
             ce_N = torch.nn.functional.cross_entropy(logits_NV, target_N, reduction="none")
             return (weight_N * ce_N).sum(), ce_N, logits_NV.argmax(1) == target_N
 
@@ -150,6 +151,14 @@ def test_a_run_with_end_tokens_starts_from_weights_resumes_and_keeps_its_policy(
     assert "data.answer_padding: random -> full" in capfd.readouterr().err
     assert train(config_file, tmp_path / "parts", *keys) == [0]
     assert status(tmp_path / "whole")["weights_hash"] == status(tmp_path / "parts")["weights_hash"]
+    import_distributed()
+    command, reports = ["evaluate", str(tmp_path / "whole"), "--max_rows=4", "--num_draws=4", "--device=cpu"], []
+    for ranks in (1, 2):
+        capfd.readouterr()
+        assert run_ranks(ranks, main, [*command, f"--tensor_parallel_size={ranks}"]) == [0] * ranks
+        reports.append(json.loads(capfd.readouterr().out.splitlines()[-1]))
+    assert reports[1]["nelbo"] == pytest.approx(reports[0]["nelbo"], rel=1e-6)
+    assert reports[1]["tokens"] == reports[0]["tokens"]
 
 
 def test_packing_with_end_tokens_is_refused(packed, config_file, tmp_path, capfd):

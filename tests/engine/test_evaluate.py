@@ -11,6 +11,7 @@ from dlm_scale.data.loader import ValidationData
 from dlm_scale.data.prepare import prepare
 from dlm_scale.diffusion.draws import ESTIMATORS
 from dlm_scale.evaluation.likelihoods import ORDERS
+from tests.engine.cases import import_distributed
 from tests.engine.test_training import lines, run
 from tests.forked import run_ranks
 
@@ -37,6 +38,15 @@ def test_the_same_number_to_the_last_digit(trained, capfd):
     assert evaluated(capfd, trained, "--max_rows=24", "--num_draws=2", "--weights=raw")["weights"] == "raw"
 
 
+def test_rows_said_in_tokens(trained, capfd):
+    rows = evaluated(capfd, trained, "--json", "--max_rows=3", "--num_draws=2")
+    assert evaluated(capfd, trained, "--json", f"--eval_tokens={3 * 16 + 15}", "--num_draws=2") == rows
+    for arguments, said in ((["--eval_tokens=15"], "less than one row, which has 16 tokens"),
+                            (["--eval_tokens=64", "--max_rows=4"], "--max_rows and --eval_tokens")):
+        assert run_ranks(1, cli.main, ["evaluate", str(trained), "--device=cpu", *arguments])[0] == 2
+        assert said in capfd.readouterr().err
+
+
 def test_two_ranks_give_the_number_of_one(trained, capfd):
     arguments = ["evaluate", str(trained), "--max_rows=40", "--num_draws=2", "--batch_size=16", "--device=cpu"]
     reports = []
@@ -44,6 +54,54 @@ def test_two_ranks_give_the_number_of_one(trained, capfd):
         assert run_ranks(ranks, cli.main, arguments) == [0] * ranks
         reports.append(json.loads(capfd.readouterr().out.splitlines()[-1]))
     assert reports[0] == reports[1]
+
+
+def same(report, alone):
+    """Equal but for the rounding of sums over ranks."""
+    if isinstance(alone, dict):
+        return report.keys() == alone.keys() and all(same(report[key], alone[key]) for key in alone)
+    if isinstance(alone, list):
+        return len(report) == len(alone) and all(map(same, report, alone))
+    return report == (pytest.approx(alone, rel=1e-6, abs=1e-6) if isinstance(alone, float) else alone)
+
+
+SPLIT = {  # what is evaluated, with CKPT2 where the first word is not a flag
+    "two checkpoints": ["{first}", "--max_rows=24", "--num_draws=4", "--batch_size=8"],
+    "generated text": ["--generate=5", "--steps=4", "--length=12", "--batch_size=2", "--judge_text={data}/val"],
+    "an exact likelihood": ["--likelihood=duel", "--tokens_per_step=5", "--max_rows=7", "--batch_size=3"],
+    "a sweep": ["--sweep=margin", "--steps=2,4", "--generate=3", "--length=8", "--out={out}", "--judge_text={data}/val"],
+}
+
+
+@pytest.mark.parametrize("ranks, what", [(2, "two checkpoints"), (4, "two checkpoints"), (4, "generated text"),
+                                         (2, "an exact likelihood"), (4, "a sweep")])  # fmt: skip
+def test_tensor_parallel_groups_give_the_numbers_of_one_process(trained, grammar, tmp_path, ranks, what, capfd):
+    import_distributed()
+    first = min((trained / "checkpoints").iterdir())
+    arguments = [word.format(first=first, out=tmp_path / "quality", data=grammar) for word in SPLIT[what]]
+    alone = evaluated(capfd, trained, *arguments)
+    command = ["evaluate", str(trained), *arguments, "--device=cpu", "--tensor_parallel_size=2"]
+    assert run_ranks(ranks, cli.main, command + ["--json"]) == [0] * ranks
+    said = capfd.readouterr().out.splitlines()
+    assert len(said) == 1 and same(json.loads(said[0]), alone)
+
+
+@pytest.mark.parametrize("ranks, size, words", [
+    (1, 2, "--tensor_parallel_size=2 does not divide the 1 processes"), (3, 3, "model.num_heads"),
+    (1, 0, "--tensor_parallel_size=0: must be at least 1"),
+])  # fmt: skip
+def test_a_layout_that_does_not_fit_is_refused_once(trained, ranks, size, words, capfd):
+    command = ["evaluate", str(trained), "--device=cpu", f"--tensor_parallel_size={size}"]
+    assert run_ranks(ranks, cli.main, command) == [2] * ranks
+    error = capfd.readouterr().err
+    assert error.count("dlm: error") == 1 and words in error
+
+
+def test_a_judge_that_fails_on_the_first_rank_fails_on_all(trained, capfd):
+    import_distributed()
+    command = ["evaluate", str(trained), "--device=cpu", "--tensor_parallel_size=2", "--generate=2", "--judge=/nowhere"]
+    assert run_ranks(2, cli.main, command, seconds=60) == [2, 2]
+    assert capfd.readouterr().err.count("no such folder") == 1
 
 
 def test_the_last_validation_line_of_the_run_is_what_evaluate_says(trained, capfd):

@@ -87,7 +87,7 @@ def test_a_run_out_of_memory_says_what_to_change(config_file, tmp_path, capfd):
     def change(rank):
         from dlm_scale.engine import step
 
-        step.masked_diffusion = lambda *args: torch.empty(1 << 60)
+        step.loss_of = lambda *args: torch.empty(1 << 60)
 
     assert train(config_file, tmp_path, "data.validation=null", change=change) == [1]
     found = status(tmp_path)

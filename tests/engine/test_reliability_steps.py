@@ -35,7 +35,7 @@ def _poisoned_steps() -> dict:
     from dlm_scale.engine.build import build_trainer
     from dlm_scale.engine.runtime import start_runtime
 
-    runtime, objective, results = start_runtime("cpu", 1), step.masked_diffusion, {}
+    runtime, objective, results = start_runtime("cpu", 1), step.loss_of, {}
     for name, overrides in CASES.items():
         config = case_config(train__micro_batch_size=2, train__ema_decay=0.9, **overrides)
         trainer, data = build_trainer(config, runtime, (data := data_of(config)).vocabulary), data
@@ -54,7 +54,7 @@ def _poisoned_steps() -> dict:
                         loss.register_hook(lambda gradient: gradient * torch.nan)
                     return loss, stats
 
-                step.masked_diffusion = poisoned
+                step.loss_of = poisoned
                 before = _slots(trainer)
                 result = step.train_step(trainer, step.make_batch(trainer, data, state), state)
                 results[name, what, place] = {"skipped": result["is_skipped"],
@@ -154,8 +154,8 @@ def test_a_slow_rank_is_named(config_file, tmp_path):
     def slow(rank):
         from dlm_scale.engine import step
 
-        objective = step.masked_diffusion
-        step.masked_diffusion = lambda *args: (time.sleep(0.1 * rank), objective(*args))[1]
+        objective = step.loss_of
+        step.loss_of = lambda *args: (time.sleep(0.1 * rank), objective(*args))[1]
 
     codes = train(config_file, tmp_path, "train.num_steps=6", "train.log_every=3", "train.micro_batch_size=2", ranks=2,
                   change=slow)

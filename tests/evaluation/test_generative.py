@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from dlm_scale.errors import UsageError
+from dlm_scale.evaluation import generative
 from dlm_scale.evaluation.generative import (
     LEFT_TO_RIGHT,
     SamplingOptions,
@@ -23,6 +24,7 @@ from dlm_scale.evaluation.generative import (
 )
 from dlm_scale.evaluation.judges import ngram_judge
 from dlm_scale.evaluation.likelihoods import LikelihoodOptions, sums_of_batch
+from dlm_scale.parallel.mesh import Mesh
 
 OPTIONS = SamplingOptions("ancestral", 4, 5, 6, seed=1, batch_size=2)
 
@@ -32,6 +34,13 @@ def test_samples_do_not_depend_on_the_batch(masked, autoregressive):
         one, other = (make_samples(inference, replace(options, batch_size=size)) for size in (1, 5))
         assert one == other and len({sample.text for sample in one}) > 1
         assert all(len(sample.tokens) == 6 == len(sample.text) for sample in one)
+
+
+def test_data_parallel_ranks_share_the_samples(masked, monkeypatch):
+    monkeypatch.setattr(generative, "gather_parts", lambda parts, mesh: parts)
+    whole = make_samples(masked, OPTIONS)
+    shares = [make_samples(masked, OPTIONS, Mesh(data_size=2, data_rank=rank)) for rank in range(2)]
+    assert shares == [whole[:2] + whole[4:], whole[2:4]]
 
 
 def test_left_to_right_draws_the_law_of_the_twin(autoregressive):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -42,12 +42,13 @@ class Specimen:
         return self.run / "checkpoints" / f"step_{step:08d}"
 
 
-def make_specimen(folder: Path) -> Specimen:
-    """All of it below `folder`."""
+def make_specimen(folder: Path, more: str = "", noise: float = 0.0) -> Specimen:
+    """All of it below `folder`. `more`: further YAML of the config; `noise`: standard deviation of what is added to the
+    initial weights, whose output table is zero."""
     (folder / "text.txt").write_text(TEXT)
     prepare([str(folder / "text.txt")], "char", folder / "data")
     made = Specimen(folder / "config.yaml", folder / "run", folder / "data" / "train")
-    made.config.write_text(CONFIG.format(folder=folder))
+    made.config.write_text(CONFIG.format(folder=folder) + more)
     config = load_config(made.config)
     data = open_data(str(made.prefix), config.model.seq_len, config.train.seed)
     for step in STEPS:
@@ -59,11 +60,11 @@ def make_specimen(folder: Path) -> Specimen:
             "state.json": json.dumps({"step": step, "samples": 8 * step, "tokens": 128 * step,
                                       "data_fingerprint": data.fingerprint}).encode(),
         }
-        _save(made.run, step, parameter_table(config.model, data.vocabulary), documents)
+        _save(made.run, step, parameter_table(config.model, data.vocabulary), documents, noise)
     return made
 
 
-def _save(run: Path, step: int, table: dict, documents: dict[str, bytes]) -> None:
+def _save(run: Path, step: int, table: dict, documents: dict[str, bytes], noise: float) -> None:
     barrier, everyone, failures = threading.Barrier(RANKS, timeout=60), [None] * RANKS, []
 
     def work(rank: int) -> None:
@@ -75,7 +76,7 @@ def _save(run: Path, step: int, table: dict, documents: dict[str, bytes]) -> Non
             return values
 
         try:
-            write_checkpoint(run, step, _halves(table, step, rank), rank=rank, world_size=RANKS, gather=gather,
+            write_checkpoint(run, step, _halves(table, step, rank, noise), rank=rank, world_size=RANKS, gather=gather,
                              documents=documents, keep_last=len(STEPS))
         except BaseException as error:
             failures.append(error)
@@ -90,13 +91,16 @@ def _save(run: Path, step: int, table: dict, documents: dict[str, bytes]) -> Non
         raise failures[0]
 
 
-def _halves(table: dict, step: int, rank: int) -> list[Piece]:
+def _halves(table: dict, step: int, rank: int, noise: float) -> list[Piece]:
     """The half of every parameter, and of its moment, that this rank owns."""
     made = []
     for name, spec in table.items():
         bounds = [0, spec.numel // 2, spec.numel]
         start, numel = bounds[rank], bounds[rank + 1] - bounds[rank]
-        values = torch.from_numpy(initial_values(spec, step, full_box(spec.view), start, numel).astype(np.float32))
+        where = step, full_box(spec.view), start, numel
+        values = torch.from_numpy(initial_values(spec, *where).astype(np.float32))
+        if noise:
+            values += torch.from_numpy(initial_values(replace(spec, init_std=noise), *where))
         for slot, tensor in (("param", values), ("exp_avg", values + step)):
             made.append(Piece(name, slot, spec.shape, spec.view, full_box(spec.view), start, tensor))
     return made

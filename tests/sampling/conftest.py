@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import dataclass
+from functools import cached_property
 
 import pytest
 import torch
@@ -10,8 +11,38 @@ from dlm_scale.sampling import generate
 
 
 @dataclass(frozen=True)
+class Oracle:
+    """The exact posterior of a chain, in float64; with ids beside a position, the posterior given these too. Its critic
+    doubts an id the more, the less probable it is given all others."""
+
+    chain: "Chain"
+
+    def __call__(self, x_BL, rows_N, attention=None):
+        L = self.chain.L
+        state_B = (x_BL * (self.chain.V + 1) ** torch.arange(L - 1, -1, -1)).sum(1)
+        return self.chain.table[state_B[rows_N // L], rows_N % L]
+
+    def told(self, x_BL, rows_N, beside):
+        """Log-probabilities [N, V + 1] once ids are put at an offset from the positions; -1: nothing is known there."""
+        x_NL, place_N = x_BL[rows_N // self.chain.L].clone(), rows_N % self.chain.L
+        for offset, id_N in beside.items():
+            row = (id_N >= 0).nonzero()[:, 0]
+            x_NL[row, place_N[row] + offset] = id_N[row]
+        return self(x_NL, torch.arange(len(x_NL)) * self.chain.L + place_N)
+
+    def local(self, x_BL, rows_N):
+        again = lambda which, left, right: self.told(x_BL, rows_N[which], {-1: left, 1: right})  # noqa: E731
+        return self(x_BL, rows_N), again
+
+    def critique(self, x_BL, rows_N):
+        id_N = x_BL.flatten()[rows_N]
+        alone_NV = self.told(x_BL, rows_N, {0: torch.full_like(id_N, self.chain.mask_id)})
+        return -alone_NV.gather(1, id_N[:, None])[:, 0]
+
+
+@dataclass(frozen=True)
 class Chain:
-    """A Markov chain over V symbols, L long; id V is the mask. `predict` is its exact posterior, in float64."""
+    """A Markov chain over V symbols, L long; id V is the mask. `predict` is its `Oracle`."""
 
     V: int
     L: int
@@ -22,10 +53,9 @@ class Chain:
     def mask_id(self) -> int:
         return self.V
 
-    def predict(self, x_BL, rows_N, attention=None):
-        weights = (self.V + 1) ** torch.arange(self.L - 1, -1, -1)
-        state_B = (x_BL * weights).sum(1)
-        return self.table[state_B[rows_N // self.L], rows_N % self.L]
+    @cached_property
+    def predict(self) -> "Oracle":
+        return Oracle(self)
 
     def sample(self, num_rows, sampler, num_steps, seed=3, **settings):
         x_BL = torch.zeros(num_rows, self.L, dtype=torch.long)

@@ -20,6 +20,24 @@ def predict(x_BL, rows_N, attention=None):
     return torch.log_softmax(table[(code_B[row_N] * 7 + position_N * 13) % 211], -1)
 
 
+def critique(x_BL, rows_N):
+    """Made up too: the less likely the denoiser finds an id, the more it is doubted."""
+    return -predict(x_BL, rows_N).gather(1, x_BL.flatten()[rows_N][:, None])[:, 0]
+
+
+def local(x_BL, rows_N):
+    """The made-up denoiser, told the ids beside a position."""
+
+    def again(which_M, left_M, right_M):
+        found_MV = predict(x_BL, rows_N)[which_M] + 0.3 * left_M[:, None] * torch.arange(V + 1) - 0.2 * right_M[:, None]
+        return found_MV.log_softmax(-1)
+
+    return predict(x_BL, rows_N), again
+
+
+predict.critique, predict.local = critique, local
+
+
 def sample(sampler, rows, num_steps=6, x_BL=None, is_fixed_BL=None, **settings):
     """Rows are (request hash, sample index) pairs."""
     x_BL = torch.zeros(len(rows), L, dtype=torch.long) if x_BL is None else x_BL
@@ -82,7 +100,8 @@ def test_fixed_positions_are_never_written(sampler, num_steps):
 
     made = sample(sampler, ROWS, num_steps, x_BL=x_BL, is_fixed_BL=is_fixed_BL, on_step=on_step)
     assert made.ids_BL[is_fixed_BL].equal(x_BL[is_fixed_BL]) and int(made.ids_BL.max()) < V
-    assert (made.nfe_B <= num_steps).all() and made.nfe_B[-1] == 0  # the last row was all fixed
+    most = 2 * num_steps - 1 if sampler == "critic" else num_steps  # a look of the critic's after each but the last
+    assert (made.nfe_B <= most).all() and made.nfe_B[-1] == 0  # the last row was all fixed
     assert not seen[0].x_BL[~is_fixed_BL].ne(V).any()  # what stood at open positions is not looked at
 
 

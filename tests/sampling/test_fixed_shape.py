@@ -67,6 +67,31 @@ def test_bits_do_not_move_with_the_batch(name):
         torch.testing.assert_close(made[0], plain, rtol=1e-4, atol=1e-4)
 
 
+def test_bits_of_the_further_heads_do_not_move_with_the_batch():
+    vocab, length = 67, 17
+    model = make_model(vocab, {"hidden_size": 40, "num_heads": 4, "ffn_size": 91, "critic": True, "sampler_head": True})
+    torch.manual_seed(1)
+    x_1L, position_N = torch.randint(vocab, (1, length)), torch.randperm(length)[:5].sort().values
+    left_N, right_N = torch.tensor([-1, 3, 5, -1, 7]), torch.tensor([-1, -1, 2, 9, 60])
+    found = []
+    for num_rows, place in BATCHES:
+        x_BL = torch.randint(vocab, (num_rows, length))
+        x_BL[place] = x_1L
+        rows = torch.cat([torch.arange(0, num_rows * length, 3), position_N + place * length]).unique()
+        own, predict = torch.searchsorted(rows, position_N + place * length), predict_of(model, vocab)
+        log_probs, again = predict.local(x_BL, rows)
+        which = torch.cat([torch.arange(min(own)), own])
+        beside = (torch.cat([torch.full((int(min(own)),), 4), beside_N]) for beside_N in (left_N, right_N))
+        found.append((predict.critique(x_BL, rows)[own], log_probs[own], again(which, *beside)[-5:]))
+    assert all(one.equal(first) for others in found for one, first in zip(others, found[0]))
+    with torch.no_grad():
+        plain = model(x_1L, m_B=None, rows_N=position_N,
+                      readout=lambda head: (head.critic(), head.log_probs(), head.local(left_N, right_N).log_probs()))
+    for one, wanted in zip(found[0], plain):
+        torch.testing.assert_close(one, wanted, rtol=1e-4, atol=1e-4)
+    assert predict_of(make_model(29, {"hidden_size": 40, "num_heads": 4}), 29).critique is None
+
+
 @pytest.mark.slow
 def test_the_same_on_the_instructions_of_older_processors():
     """There places of a pass do differ: passes shrink until they do not."""
@@ -102,7 +127,7 @@ def test_passes_shrink_until_all_places_agree():
     x_BL = torch.arange(20).view(10, 2)
     made = predict(x_BL, torch.arange(1, 20, 2))
     assert made[:, 0].tolist() == list(range(1, 20, 2))
-    assert predict.rows_by_length == {2: 3} and predict.head_rows == 1
+    assert predict.rows_by_length == {2: 3} and predict.head_rows == {"log_probs": 1}
     assert predict.is_as_full == {(2, 1): False, (2, 2): True}  # so the tenth canvas goes with a copy
     assert (predict.num_rows, predict.num_copies) == (11, 1)
 

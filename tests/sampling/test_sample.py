@@ -34,6 +34,7 @@ def dlm_sample(monkeypatch, capsys):
     inference = types.SimpleNamespace(
         predict=predict, tokenizer=tokenizer, vocabulary=tokenizer.vocabulary, seq_len=64, step=7,
         device=torch.device("cpu"), default_num_steps=5, default_sampler="ancestral", calls=calls,
+        kind="masked", is_gaussian=False, checkpoint=types.SimpleNamespace(path="ckpt"),
     )  # fmt: skip
     fake = types.ModuleType("dlm_scale.inference")
     fake.load_for_inference = lambda path, device="auto": inference
@@ -218,4 +219,4 @@ def test_help_and_the_list_of_samplers_import_nothing_heavy():
         "print(sorted({'torch', 'numpy', 'matplotlib'} & set(sys.modules)), len(SAMPLERS))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.split() == ["[]", "14"]
+    assert result.stdout.split() == ["[]", "18"]

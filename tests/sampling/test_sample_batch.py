@@ -372,7 +372,7 @@ BAD_LINES = [
     (b'{"id": "a", "id": "b", "prompt": "x"}', "a key stands twice"),
     (b'["id"]', "not a JSON object"),
     (b'{"id": "p", "promt": "x"}', "did you mean prompt?"),
-    (b'{"id": "p"}', "needs one of prompt, text, tokens, has none"),
+    (b'{"id": "p"}', "needs one of prompt, text, tokens, messages, has none"),
     (b'{"id": "p", "prompt": "x", "tokens": [1]}', "has prompt and tokens"),
     (b'{"id": "p", "prompt": 7}', "prompt is not a text"),
     (b'{"id": "p", "prompt": "\\ud800"}', ""),

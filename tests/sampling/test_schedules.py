@@ -86,7 +86,7 @@ def test_revisers_need_a_schedule_that_knows_positions():
         Sampler(schedule="independent", reviser="confidence", eta=1.1)
     with pytest.raises(ValueError, match="belong together"):
         Sampler(schedule="independent", reviser="loop", eta=0.1)
-    assert set(REVISERS) == {"none", "cap", "rescale", "confidence", "loop"}
+    assert set(REVISERS) == {"none", "cap", "rescale", "confidence", "loop", "critic"}
 
 
 def test_the_loop_falls_stands_still_and_falls_again():
