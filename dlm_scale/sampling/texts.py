@@ -36,6 +36,8 @@ def text_canvas(inference: Any, text: str, is_infill: bool, options: Mapping[str
     if inference.tokenizer is None:
         raise UsageError("this checkpoint was trained on synthetic tokens: it has no tokenizer, so no text to sample")
     longest = longest_canvas(options, inference)
+    if is_infill and options["chat"] is not None:
+        raise UsageError("--chat puts a prompt into a template, and an infill text has its own words: give one of them")
     if is_infill:
         canvas = infill_canvas(text, inference.tokenizer, longest)
         return require_prompt(canvas) if goes_left_to_right(inference) else canvas

@@ -222,6 +222,8 @@ def test_a_template_that_the_checkpoint_cannot_write_is_refused(packed, tmp_path
     for template, cause in (("no/such.jinja", "no template of that name"), (f"{tmp_path}/own.jinja", "by no special token")):
         assert main(["sample", str(packed[1]), f"--chat={template}", "--prompt=7?"]) == 2
         assert cause in capsys.readouterr().err
+    assert main(["sample", str(packed[1]), "--chat", "--infill=7<mask>"]) == 2
+    assert "give one of them" in capsys.readouterr().err
 
 
 def test_the_autoregressive_twin_refuses_conversations(chat):
