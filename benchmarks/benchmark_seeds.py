@@ -1,7 +1,7 @@
 """The seeds' methods on tinyshakespeare at equal compute, over some seeds: likelihood and samples of each.
 
     dlm prepare tinyshakespeare.txt --tokenizer char --special_tokens '<|delete|>,<|gap|>' --out data/seeds
-    python benchmarks/benchmark_seeds.py --data data/seeds [--json] [--only NAMES] [--seeds 1,2,3] [--steps 400]
+    python benchmarks/benchmark_seeds.py --data data/seeds [--json] [--only NAMES] [--seeds 1,2,3] [--steps 300]
 
 All are `configs/shakespeare_char_tiny.yaml` made smaller by SIZE. Equal compute: each trains for so many steps that they
 cost the passes of the trunk that `base` takes in --steps steps, a forward pass counted 1 and a backward pass 2. Then the bound
@@ -25,7 +25,7 @@ from common import arguments, machine, report
 CONFIG = "configs/shakespeare_char_tiny.yaml"
 SIZE = ("model.num_layers=3", "model.hidden_size=96", "model.num_heads=3", "model.ffn_size=256", "model.seq_len=96",
         "train.global_batch_size=16", "train.micro_batch_size=16", "optimizer.warmup_steps=50")  # fmt: skip
-NUM_TEXTS = 64
+NUM_TEXTS = 32
 
 
 class Method(NamedTuple):
@@ -39,7 +39,7 @@ class Method(NamedTuple):
 
 CRITIC = ("model.critic=true", "objective.critic_alpha=0.5")
 METHODS = {
-    "base": Method((), ("ancestral 16", "ancestral 64", "remdm_conf 64", "low_confidence 16")),
+    "base": Method((), ("ancestral 16", "ancestral 64", "remdm_conf 32")),
     "edit": Method(("diffusion.edit_stage_start=0.5", "diffusion.deletion_corruption=true"),
                    ("ancestral 64", "edit 64", "edit_gated 64")),
     "critic": Method((*CRITIC, "objective.critic_start={quarter}", "objective.critic_end={half}"), ("ancestral 16", "critic 8", "critic 32"), 6.0),
@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="folder of the dataset")
     parser.add_argument("--only", default=",".join(METHODS), help="names, with commas")
     parser.add_argument("--seeds", default="1,2,3")
-    parser.add_argument("--steps", type=int, default=400, help="of base")
+    parser.add_argument("--steps", type=int, default=300, help="of base")
     parser.add_argument("--folder", type=Path, help="where runs are kept; default: nowhere")
     args = parser.parse_args()
     names, seeds = args.only.split(","), [int(seed) for seed in args.seeds.split(",")]
