@@ -82,9 +82,9 @@ def open_datasets(config: Any) -> tuple[Any, Any]:
     source = f"synthetic:{config.data.synthetic_vocab_size}" if config.data.is_synthetic else config.data.train
     how = {key: getattr(config.data, key) for key in ("packing", "order", "answer_padding")}
     data = open_data(source, config.model.seq_len, config.train.seed, **how)
-    if config.objective.kind in ("autoregressive", "gaussian") and is_chat(data):
-        raise UsageError(f"objective.kind={config.objective.kind}: data.train holds conversations, which only masked "
-                         "diffusion takes so far; give text, or leave the objective out")
+    if config.objective.kind == "autoregressive" and is_chat(data):
+        raise UsageError("objective.kind=autoregressive: data.train holds conversations, which only diffusion takes so far; "
+                         "give text, or leave the objective out")
     if config.diffusion.edit_stage_start < 1:
         data = replace(data, edits=edit_tokens(data, config.diffusion.insertion_corruption,
                                                config.diffusion.deletion_corruption))

@@ -68,6 +68,15 @@ class Corrupted:
             return self.rows_N // self.xt_BL.shape[1]
         return torch.bucketize(self.rows_N, self.bounds_S1[1:], right=True)
 
+    @property
+    def row_t_B(self) -> torch.Tensor:
+        """float64 [B]: each row's time where all segments of a row have the same."""
+        if self.bounds_S1 is None:
+            return self.t_B
+        num_rows, length = self.xt_BL.shape
+        starts_B = torch.arange(num_rows, device=self.t_B.device) * length
+        return self.t_B[torch.searchsorted(self.bounds_S1[:-1].long(), starts_B)]
+
     def to(self, device, non_blocking: bool = False) -> "Corrupted":
         return self._each(lambda value: value.to(device, non_blocking=non_blocking))
 

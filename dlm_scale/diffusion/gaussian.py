@@ -19,18 +19,18 @@ Legend: B rows, L positions, E dimensions of a token's vector, N positions that 
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dlm_scale.diffusion.corruption import Corrupted, assemble, clean_rows
+from dlm_scale.diffusion.corruption import Corrupted, assemble, clean_rows, count_in
 from dlm_scale.diffusion.corruption import replace as masked_at
 from dlm_scale.diffusion.rng import Stream, box_muller, counter_of, philox, uniform24
 from dlm_scale.diffusion.segments import row_bounds
 
 MAX_BETA = 0.999
-CONDITION_DROP = 0.1  # of the rows whose given positions are hidden, which is what guidance needs
 SCHEDULES = ("cosine", "linear", "sqrt")
 SOFTMAX, V, EPS = "x0_softmax", "v", "eps"
 
@@ -180,22 +180,22 @@ def row_noise(seed: int, sample_index_B: np.ndarray, length: int, dim: int, stre
 
 def noised(
     x0_BL, sample_index_B: np.ndarray, step_B: np.ndarray, *, seed: int, process: Process, mask_id: int,
-    denominator: float | None, maskable_BL=None, stream: int = Stream.GAUSS,
+    denominator: float | None, maskable_BL=None, attention: Any = None, stream: int = Stream.GAUSS,
 ) -> Corrupted:  # fmt: skip
     """The rows at their steps, with the noise of their token vectors: a `Corrupted` that says the step by t = m = i/T.
 
-    xt_BL are the clean ids: their vectors exist only inside the network. Positions that are not maskable are read
-    without noise, and as the mask in a tenth of the rows. Words 0 and 1 of Philox(seed; sample low, high, 0, PART) say
-    which rows hide what is given, and which read their own guess (one half).
+    xt_BL are the clean ids: their vectors exist only inside the network. Positions that are not maskable (prompts,
+    padding) are read without noise and carry no loss; all segments of a row have its step. Word 1 of Philox(seed; sample
+    low, high, 0, PART) says which rows read their own guess (one half).
     """
     x0_BL, sample_index_B, maskable_BL = clean_rows(x0_BL, sample_index_B, maskable_BL, mask_id)
-    t_B, ones_B = np.asarray(step_B) / process.num_steps, torch.ones(len(x0_BL))
-    hides_B, own_B = (uniform24(word) for word in philox(seed, *counter_of(sample_index_B), 0, int(Stream.PART))[:2])
-    read_BL = np.where(maskable_BL | (hides_B >= CONDITION_DROP * 2**24)[:, None], x0_BL, mask_id)
-    masked = masked_at(x0_BL, maskable_BL, row_bounds(*x0_BL.shape), mask_id)
+    own_B = uniform24(philox(seed, *counter_of(sample_index_B), 0, int(Stream.PART))[1])
+    bounds_S1 = row_bounds(*x0_BL.shape) if attention is None else np.asarray(attention.cu_seqlens)
+    t_S = (np.asarray(step_B) / process.num_steps)[bounds_S1[:-1] // x0_BL.shape[1]]
+    masked, ones_S = masked_at(x0_BL, maskable_BL, bounds_S1, mask_id), torch.ones(t_S.size)
     corrupted = assemble(
-        masked._replace(xt_BL=torch.from_numpy(read_BL)), weight_S=ones_B, elbo_weight_S=ones_B, m_S=t_B,
-        t_S=t_B.copy(), num_maskable_S=maskable_BL.sum(1), denominator=denominator,
+        masked._replace(xt_BL=torch.from_numpy(x0_BL)), weight_S=ones_S, elbo_weight_S=ones_S, m_S=t_S,
+        t_S=t_S.copy(), num_maskable_S=count_in(maskable_BL, bounds_S1), denominator=denominator, attention=attention,
     )  # fmt: skip
     noise_BLE = row_noise(seed, sample_index_B, x0_BL.shape[1], process.dim, stream)
     return replace(corrupted, noise_BLE=noise_BLE, reads_guess_B=torch.from_numpy(own_B < 2**23))

@@ -37,7 +37,7 @@ class Terms(NamedTuple):
 
 def latent_of(corrupted: Corrupted, process: Process, guess_BLE: Tensor | None = None) -> Latent:
     """What the network reads of a noised batch."""
-    alpha_B, sigma_B = process.scales(process.step_of(corrupted.t_B), corrupted.noise_BLE)
+    alpha_B, sigma_B = process.scales(process.step_of(corrupted.row_t_B), corrupted.noise_BLE)
     return Latent(alpha_B, sigma_B, corrupted.noise_BLE, corrupted.is_masked_BL, guess_BLE)
 
 
@@ -69,7 +69,7 @@ def run_network(hidden_fn: Callable, corrupted: Corrupted, process: Process, rea
 
 def terms_of(head: Any, corrupted: Corrupted, process: Process, loss: str) -> Terms:
     """The loss and the parts of the bound at the positions that carry loss."""
-    step_N = process.step_of(corrupted.t_B)[corrupted.rows_N // corrupted.xt_BL.shape[1]]
+    step_N = process.step_of(corrupted.row_t_B)[corrupted.rows_N // corrupted.xt_BL.shape[1]]
     look_up = lambda values_T1: values_T1.to(step_N.device)[step_N].float()  # noqa: E731
     clean_NE, noise_NE = head.clean_NE, corrupted.noise_BLE.flatten(0, 1)[corrupted.rows_N]
     weight_N, factor_N = look_up(process.bound_weights()), look_up(process.error_factor())
@@ -104,7 +104,7 @@ def gaussian_diffusion(
     """(loss_sum, stats) of one micro-batch, as `objective.masked_diffusion` gives them: `nelbo_sum` estimates the bound
     in nats; the bins are of time in place of the mask ratio."""
     terms = run_network(hidden_fn, corrupted, process, lambda head: terms_of(head, corrupted, process, loss))
-    step_N = process.step_of(corrupted.t_B)[corrupted.segment_N]
+    step_N = process.step_of(corrupted.row_t_B)[corrupted.rows_N // corrupted.xt_BL.shape[1]]
     seen_N = (step_N == process.first) * process.num_used if process.prediction == SOFTMAX else 1
     bound_N = process.num_used * terms.kl_N + seen_N * terms.reconstruction_N + terms.prior_N
     stats = masked_stats(corrupted, terms.ce_N, terms.is_correct_N)

@@ -126,12 +126,11 @@ def _next_token_batch(trainer: Trainer, rows: Rows, sample_B: np.ndarray, denomi
 
 def _noised_batch(trainer: Trainer, rows: Rows, sample_B: np.ndarray, t_B: np.ndarray,
                   denominator: float | None) -> Corrupted:
-    if rows.bounds_S1 is not None:
-        raise UsageError("objective.kind=gaussian: documents packed into rows are not there yet; prepare or read the data "
-                         "without packing")
     process = process_of(trainer.config.gaussian)
+    attention = None if rows.bounds_S1 is None else ops.Segments(torch.from_numpy(rows.bounds_S1))
     return noised(rows.ids_BL, sample_B, process.steps(t_B), seed=trainer.config.train.seed, process=process,
-                  mask_id=trainer.vocabulary.mask_id, denominator=denominator, maskable_BL=rows.maskable_BL)
+                  mask_id=trainer.vocabulary.mask_id, denominator=denominator, maskable_BL=rows.maskable_BL,
+                  attention=attention)
 
 
 def with_denominator(trainer: Trainer, batch: Sequence[Corrupted]) -> list[Corrupted]:

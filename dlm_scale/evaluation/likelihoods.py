@@ -103,8 +103,8 @@ def evaluate_checkpoints(inferences: Sequence[Any], data: Any, options: Likeliho
     require_comparable(inferences)
     parts = []
     for inference in inferences:
-        if data.meta.is_chat and likelihood_kind(inference, options) != "nelbo":
-            raise UsageError(f"{data.prefix} holds conversations, whose past is given: only the NELBO of masked checkpoints "
+        if data.meta.is_chat and likelihood_kind(inference, options) not in ("nelbo", "vlb"):
+            raise UsageError(f"{data.prefix} holds conversations, whose past is given: only the bound of diffusion checkpoints "
                              "is defined for them here; leave --likelihood out, or evaluate on text")
         progress = Progress(data.num_rows, options.batch_size, runtime)
         parts.append(dataset_sums(sums_of_batch(inference, options), data, options.batch_size, runtime.mesh, progress))

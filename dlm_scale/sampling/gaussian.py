@@ -3,7 +3,7 @@
 A sample is a function of (seed, request hash, sample index, settings) and of what `denoise` says, as in engine.py: the
 normals of step k are Philox(key; request hash, sample, k ceil(E/4) + block, position). Fixed positions (prompts, text
 around an infill) carry their own noised vectors at each step. That is approximate: the rest is steered by them, but not
-drawn from the exact conditional law.
+drawn from the exact conditional law. A network that was trained on prompts reads them without noise instead.
 
 Shapes: B rows, L positions, E dimensions of a token's vector.
 """
@@ -60,23 +60,25 @@ def stream(
     temperature: float = 1.0,
     eta: float | None = None,
     guidance: float = 0.0,
-    denoise_blind: Callable[..., tuple[Tensor, Tensor]] | None = None,
+    is_told: bool = False,
+    mask_id: int = 0,
     **_of_others: Any,
 ) -> Iterator[GaussianState]:
     """The start state, then the state after each of the passes.
 
     denoise(z_BLE, step, guess_BLE, temperature) -> (x0_BLE, ids_BL). eta in [0, 1] (None: the sampler's own): 0 adds no
-    noise on the way, 1 is DDPM's. guidance: w of (1+w) x0 - w x0 of `denoise_blind`, the same network without its
-    condition. Raises ValueError on settings that make no sense.
+    noise on the way, 1 is DDPM's. is_told: the network was trained on prompts, which it reads without noise; then the rest is
+    drawn given them. guidance: w of (1+w) x0 - w x0 of a second look, in which the fixed positions hold the mask's vector.
+    Raises ValueError on settings that make no sense.
     """
     check_rows(x_BL, is_fixed_BL, num_steps, request_hashes, sample_indices, temperature, 0, 1.0)
     eta = GAUSSIAN_SAMPLERS[sampler] if eta is None else eta
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is in [0, 1], not {eta}")
-    if guidance and denoise_blind is None:
-        raise ValueError("guidance needs the network without its condition (denoise_blind)")
+    if guidance and not is_told:
+        raise ValueError("guidance needs a network that was trained on prompts (is_told)")
     noise, abar = make_noise(seed, request_hashes, sample_indices), process.abar.to(x_BL.device)
-    fixed_BLE = token_vectors(torch.where(is_fixed_BL, x_BL, 0))
+    fixed_BLE, hidden_BLE = (token_vectors(torch.where(is_fixed_BL, ids, 0)) for ids in (x_BL, mask_id))
     draw = lambda number: _normals(noise, number, x_BL.shape[1], process.dim).to(fixed_BLE)  # noqa: E731
     steps = grid(num_steps, process.first, process.num_steps)
     z_BLE, guess_BLE = draw(0), torch.zeros_like(fixed_BLE)
@@ -84,15 +86,17 @@ def stream(
     for number, step in enumerate(steps, 1):
         noise_BLE = draw(number)
         held_BLE = abar[step].sqrt() * fixed_BLE + (1 - abar[step]).sqrt() * noise_BLE
-        z_BLE = torch.where(is_fixed_BL[..., None], held_BLE, z_BLE)
+        z_BLE = torch.where(is_fixed_BL[..., None], fixed_BLE if is_told else held_BLE, z_BLE)
         x0_BLE, ids_BL = denoise(z_BLE, step, guess_BLE, temperature)
         if guidance:
-            x0_BLE = guided(x0_BLE, denoise_blind(z_BLE, step, guess_BLE, temperature)[0], guidance)
-        guess_BLE = x0_BLE
+            blind_BLE = torch.where(is_fixed_BL[..., None], hidden_BLE, z_BLE)
+            x0_BLE = guided(x0_BLE, denoise(blind_BLE, step, guess_BLE, temperature)[0], guidance)
+        guess_BLE = torch.where(is_fixed_BL[..., None], 0.0, x0_BLE) if is_told else x0_BLE
         if not bool(guess_BLE.isfinite().all()):
             raise ValueError("the network's prediction is not finite: check the checkpoint")
         ids_BL = torch.where(is_fixed_BL, x_BL, ids_BL)
-        yield _state(ids_BL, is_fixed_BL, torch.ones_like(is_fixed_BL), number, is_done=number == len(steps))
+        passes = number * (2 if guidance else 1)
+        yield _state(ids_BL, is_fixed_BL, torch.ones_like(is_fixed_BL), passes, is_done=number == len(steps))
         if number < len(steps):
             z_BLE = reverse_step(z_BLE, x0_BLE, abar[step], abar[steps[number]], eta, noise_BLE)
 

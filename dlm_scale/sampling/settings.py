@@ -101,7 +101,7 @@ def stream_settings(options: Mapping[str, Any], inference: Any) -> dict[str, Any
     _check_kind(options, inference)
     name = options["sampler"] or inference.default_sampler
     if is_gaussian(inference):
-        own = {"eta": options["eta"]}
+        own = {"eta": options["eta"], "is_told": options["chat"] is not None}
     else:
         check_head(name, inference)
         own = edit_settings(name, options["allow_edits"], inference)
@@ -150,7 +150,7 @@ def is_gaussian(inference: Any) -> bool:
     return inference.default_sampler in GAUSSIAN_SAMPLERS
 
 
-_OFF = {"top_k": 0, "top_p": 1.0, "block_size": None, "guidance": 0.0, "cache": "none", "confidence_bias": [],
+_OFF = {"top_k": 0, "top_p": 1.0, "block_size": None, "cache": "none", "confidence_bias": [],
         "logit_bias": [], "allow_edits": False}  # fmt: skip
 
 
@@ -161,6 +161,9 @@ def _check_gaussian(name: str, options: Mapping[str, Any]) -> None:
     for flag, off in _OFF.items():
         if options[flag] != off:
             raise UsageError(f"--{flag} has no meaning for this checkpoint, which is gaussian: leave it out")
+    if options["guidance"] and options["chat"] is None:
+        raise UsageError(f"--guidance {options['guidance']:g} strengthens what a prompt says, and a gaussian checkpoint knows "
+                         "prompts by a chat template alone: add --chat, or leave it out")
 
 
 def _check_kind(options: Mapping[str, Any], inference: Any) -> None:

@@ -105,3 +105,48 @@ def test_guidance_sharpens_the_label_as_the_closed_form_says(labelled, config_fi
             assert blind_LV[0, a].exp().item() == pytest.approx(blind_LV[0, b].exp().item(), abs=0.1)
     assert shares["A", 0.0] + shares["B", 0.0] == pytest.approx(2 * LIKELY, abs=0.15)
     assert all(shares[label, 2.0] > shares[label, 0.0] + 0.05 for label in "AB"), shares
+
+
+GAUSSIAN = ("objective.kind=gaussian", "model.time_conditioning=adaln", "model.tied=false", "gaussian.embedding_dim=8",
+            "gaussian.num_steps=50", "gaussian.self_conditioning=true")  # fmt: skip
+
+
+def test_gaussian_prompts_are_read_without_noise_and_carry_no_loss(labelled):
+    data = open_data(str(labelled / "train"), SEQ_LEN, 1)
+    keys = {key.replace(".", "__"): value for key, value in (pair.split("=") for pair in GAUSSIAN)}
+    typed = {**keys, "model__tied": False, "gaussian__embedding_dim": 8, "gaussian__num_steps": 50,
+             "gaussian__self_conditioning": True, "data__prompt_dropout": 0.25}  # fmt: skip
+    (whole,) = make_batch(_trainer(data, train__micro_batch_size=64, **typed), data, TrainState())
+    parts = make_batch(_trainer(data, train__micro_batch_size=16, **typed), data, TrainState())
+    for name in ("xt_BL", "noise_BLE", "reads_guess_B", "is_masked_BL", "row_t_B"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name)), name
+    rows = data.rows(np.arange(64))
+    assert np.array_equal(np.flatnonzero(rows.maskable_BL), whole.rows_N.numpy())
+    assert not whole.is_masked_BL[torch.from_numpy(~rows.maskable_BL)].any() and len(whole.row_t_B) == 64
+    hidden_BL = (whole.xt_BL.numpy() == data.vocabulary.mask_id) & ~rows.maskable_BL
+    assert 4 < hidden_BL.any(1).sum() < 32 and set(hidden_BL.sum(1).tolist()) == {0, 3}
+
+
+def test_a_gaussian_checkpoint_is_asked_by_labels_with_guidance(labelled, config_file, tmp_path, capfd):
+    """Splits of the batch and ZeRO stages give one run; the bound is of the answers; a guided sample takes two looks."""
+    from dlm_scale import cli
+
+    keys = (f"data.train={labelled}/train", f"data.validation={labelled}/val", "data.prompt_dropout=0.2", *GAUSSIAN,
+            f"model.seq_len={SEQ_LEN}", "model.num_layers=1", "train.num_steps=4", "train.eval_every=0", "train.save_every=0")
+    assert train(config_file, tmp_path / "one", *keys) == [0]
+    split = ("train.micro_batch_size=2", "deepspeed.zero_optimization.stage=3")
+    assert train(config_file, tmp_path / "two", *keys, *split, ranks=2) == [0, 0]
+    one, two = ([json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+                for name in ("one", "two"))  # fmt: skip
+    for ours, theirs in zip(one, two, strict=True):
+        assert ours.get("batch_hash") == theirs.get("batch_hash")
+        for key in ("loss", "grad_norm", "val_nelbo"):
+            assert ours.get(key, 0.0) == pytest.approx(theirs.get(key, 0.0), rel=2e-5)
+    capfd.readouterr()
+    asked = ["sample", str(tmp_path / "one"), "--prompt=A", "--steps=5", "--max_new_tokens=4", "--json", "--device=cpu"]
+    assert cli.main([*asked, "--chat=label", "--guidance=2", "--num_samples=2"]) == 0
+    assert [sample["nfe"] for sample in json.loads(capfd.readouterr().out)["samples"]] == [10, 10]
+    assert cli.main([*asked, "--guidance=2"]) == 2 and "add --chat" in capfd.readouterr().err
+    report = ["evaluate", str(tmp_path / "one"), "--data", str(labelled / "val"), "--max_rows=8", "--json", "--device=cpu"]
+    assert cli.main(report) == 0
+    assert json.loads(capfd.readouterr().out)["tokens"] == 8 * (LETTERS + 1)

@@ -158,7 +158,7 @@ def test_sampling_serves_it_and_refuses_what_is_of_masks(gaussian_run, capfd, tm
     samples = json.loads(line)["samples"]
     assert code == 0 and [s["nfe"] for s in samples] == [4, 4] and all(s["text"].startswith("ab") for s in samples)
     assert json.loads(command(capfd, *asked, "--num_samples=1", "--temperature=1")[1][0])["samples"] == samples[:1]
-    for flag, words in (("--sampler=ancestral", "ddim, ddpm"), ("--top_k=3", "top_k"), ("--guidance=1", "guidance")):
+    for flag, words in (("--sampler=ancestral", "ddim, ddpm"), ("--top_k=3", "top_k"), ("--guidance=1", "add --chat")):
         code, _, said = command(capfd, *asked, flag)
         assert code == 2 and words in said, (flag, said)
     requests = tmp_path / "in.jsonl"

@@ -72,14 +72,28 @@ def test_fixed_positions_stay_and_steer_the_rest(chain):
     assert 0.5 * (got - exact).abs().sum() < 0.5 * 0.5 * (free - exact).abs().sum()
 
 
-def test_guidance_needs_a_network_without_the_condition_and_pushes_from_it(chain):
-    with pytest.raises(ValueError, match="without its condition"):
+def test_guidance_looks_a_second_time_without_the_prompt(chain):
+    """A network trained on prompts reads them without noise; in the second look the mask's vector stands there."""
+    with pytest.raises(ValueError, match="trained on prompts"):
         draw(chain, 2, sampler="ddim", num_steps=3, guidance=1.0)
-    known, rows = exact_denoise(chain), {"sampler": "ddim", "num_steps": 10}
-    same = draw(chain, 20, guidance=2.0, denoise_blind=known, **rows).x_BL
-    assert same.equal(draw(chain, 20, **rows).x_BL)
-    blind = lambda *look: (torch.zeros(look[0].shape), None)  # noqa: E731
-    assert not draw(chain, 20, guidance=2.0, denoise_blind=blind, **rows).x_BL.equal(same)
+    x_BL, is_fixed_BL = torch.full((20, 4), 2), torch.arange(4).expand(20, 4) < 2
+    seen, exact = [], exact_denoise(chain)
+
+    def denoise(z_BLE, step, guess_BLE, temperature):
+        seen.append((z_BLE.clone(), guess_BLE))
+        return exact(z_BLE, step, guess_BLE, temperature)
+
+    options = {"x_BL": x_BL, "is_fixed_BL": is_fixed_BL, "denoise": denoise, "sampler": "ddim", "num_steps": 5, "is_told": True}
+    plain = draw(chain, 20, **options)
+    assert len(seen) == 5
+    held = torch.stack([z_BLE[:, :2] for z_BLE, _ in seen])
+    assert held.equal(held[:1, :1].expand_as(held)) and not any(guess[:, :2].any() for _, guess in seen)
+    seen.clear()
+    pushed = draw(chain, 20, guidance=2.0, mask_id=1, **options)
+    assert len(seen) == 10 and pushed.nfe_B.tolist() == [10] * 20 and plain.nfe_B.tolist() == [5] * 20
+    told, blind = torch.stack([z for z, _ in seen[::2]]), torch.stack([z for z, _ in seen[1::2]])
+    assert told[..., 2:, :].equal(blind[..., 2:, :]) and not told[..., :2, :].equal(blind[..., :2, :])
+    assert draw(chain, 20, guidance=0.0, **options).x_BL.equal(plain.x_BL)
 
 
 def test_the_grid_ends_at_the_first_step():
