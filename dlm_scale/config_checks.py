@@ -150,12 +150,13 @@ def _label_problems(config: Config) -> Iterator[Problem]:
         if kind == of_kind and not getattr(model, head):
             yield "objective.kind", f"= {kind} trains a head that the model has not: set model.{head}=true"
         if kind != of_kind and getattr(model, head):
-            yield f"model.{head}", f"= true is a head of objective.kind = {of_kind}, and nothing of {kind} trains it: set false"
+            yield f"model.{head}", f"= true is the head of objective.kind = {of_kind}; nothing of {kind} trains it: set false"
     if kind not in ("token_classification", "sequence_scoring"):
         return
     why, plain = f"has no meaning under objective.kind = {kind}", DiffusionConfig()
     if model.time_conditioning != "none":
-        yield "model.time_conditioning", f"= {model.time_conditioning} would tell the network how many are replaced: set none"
+        given = model.time_conditioning
+        yield "model.time_conditioning", f"= {given} would tell the network how many are replaced: set none"
     for head in ("critic", "sampler_head"):
         if getattr(model, head):
             yield f"model.{head}", f"= true is a head that nothing of objective.kind = {kind} trains: set false"
@@ -169,13 +170,20 @@ def _modifier_problems(config: Config) -> Iterator[Problem]:
     """Loss modifiers weigh masked tokens, and have the weights to themselves."""
     options, plain, diffusion = config.objective, ObjectiveConfig(), config.diffusion
     for key in ("label_smoothing", "mask_ratio_power", "entropy_threshold", "judge", "judge_exponent"):
-        if options.kind != "masked" and getattr(options, key) != getattr(plain, key):
-            yield f"objective.{key}", f"= {getattr(options, key)} changes the loss of objective.kind = masked alone: leave it out"
+        value = getattr(options, key)
+        if options.kind != "masked" and value != getattr(plain, key):
+            yield f"objective.{key}", f"= {value} changes the loss of objective.kind = masked alone: leave it out"
     if options.mask_ratio_power and diffusion.weighting != "simple":
         yield (
             "objective.mask_ratio_power",
             f"= {options.mask_ratio_power} takes the place of diffusion.weighting = {diffusion.weighting}: set "
             "diffusion.weighting=simple (the NELBO is reported all the same)",
+        )
+    if options.mask_ratio_power and options.critic_weighting:
+        yield (
+            "objective.mask_ratio_power",
+            f"= {options.mask_ratio_power} takes the place of the weights that objective.critic_weighting = true makes: "
+            "leave one of them out",
         )
     added = {"diffusion.z_loss": diffusion.z_loss, "objective.critic_alpha": options.critic_alpha,
              "objective.sampler_alpha": options.sampler_alpha}  # fmt: skip
@@ -183,8 +191,8 @@ def _modifier_problems(config: Config) -> Iterator[Problem]:
         if options.entropy_threshold and value:
             yield (
                 "objective.entropy_threshold",
-                f"= {options.entropy_threshold} needs {key} = 0, not {value}: the whole gradient is divided by the mean "
-                "weight of the global batch, and that part would be with it",
+                f"= {options.entropy_threshold} needs {key} = 0, not {value}: the whole gradient is divided by the "
+                "mean weight of the global batch, and that part would be with it",
             )
     if options.judge_exponent != plain.judge_exponent and options.judge is None:
         yield "objective.judge_exponent", f"= {options.judge_exponent} needs a judge: set objective.judge"

@@ -33,8 +33,9 @@ Say = Callable[[str], None]
 def write_hf(model: Model, target: Path, *, dtype: str, slot: str, family: str, max_shard_bytes: int, say: Say) -> None:
     """A folder for `from_pretrained`: of our own class with all that it needs (family dlm_scale), or of another's."""
     if model.shape.labels or model.shape.score:
-        raise UsageError(f"{model.path} is no language model (its head is model.{'labels' if model.shape.labels else 'score'}"
-                         "): a Hugging Face folder is one; convert it --to safetensors or --to dlm")
+        head = "labels" if model.shape.labels else "score"
+        raise UsageError(f"{model.path} is no language model (its head is model.{head}): a Hugging Face folder is one; "
+                         "convert it --to safetensors or --to dlm")
     own = family == "dlm_scale"
     entries = hf_entries(model, family, dtype, slot)
     if dropped := [] if own else [name for name in model.table if name.startswith(EXTRA_HEADS)]:

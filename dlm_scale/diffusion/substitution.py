@@ -1,4 +1,4 @@
-"""Clean text some of whose tokens are replaced by others: what classifiers of tokens and scorers of texts learn from."""
+"""Clean text some of whose tokens are replaced: what classifiers of tokens and scorers of texts learn from."""
 
 import dataclasses
 from typing import Any
@@ -61,8 +61,9 @@ def substitute(
     text = Masked(torch.from_numpy(xt_BL), torch.from_numpy(is_replaced_BL), of_batch,
                   torch.arange(x0_BL.size), torch.from_numpy(x0_BL.reshape(-1).copy()))  # fmt: skip
     nothing_S = torch.zeros(len(t_S), dtype=torch.float64)
-    made = assemble(text, weight_S=nothing_S, elbo_weight_S=nothing_S, m_S=m_S, t_S=t_S,
-                    num_maskable_S=count_in(maskable_BL, bounds_S1), denominator=denominator, attention=attention)  # fmt: skip
+    length_S = count_in(maskable_BL, bounds_S1)
+    made = assemble(text, weight_S=nothing_S, elbo_weight_S=nothing_S, m_S=m_S, t_S=t_S, num_maskable_S=length_S,
+                    denominator=denominator, attention=attention)  # fmt: skip
     kind_N = np.where(is_replaced_BL, KIND_SUBSTITUTED, KIND_VISIBLE).astype(np.uint8).reshape(-1)
     weight_N = torch.from_numpy(maskable_BL.reshape(-1).astype(np.float32))
     return dataclasses.replace(made, kind_N=torch.from_numpy(kind_N), weight_N=weight_N)
@@ -72,5 +73,6 @@ def other_ids(x0_BL: np.ndarray, word_BL: np.ndarray, ids_K: np.ndarray) -> np.n
     """int64 [B, L]: a uniform id of `ids_K` that is not the one there; of K, or of K - 1 where that is among them."""
     place_BL = np.minimum(np.searchsorted(ids_K, x0_BL), len(ids_K) - 1)
     is_own_BL = ids_K[place_BL] == x0_BL
-    number_BL = (word_BL.astype(np.uint64) * (len(ids_K) - is_own_BL).astype(np.uint64) >> np.uint64(32)).astype(np.int64)
+    count_BL = (len(ids_K) - is_own_BL).astype(np.uint64)
+    number_BL = (word_BL.astype(np.uint64) * count_BL >> np.uint64(32)).astype(np.int64)
     return ids_K[number_BL + (is_own_BL & (number_BL >= place_BL))]

@@ -26,11 +26,11 @@ def check_judge(path: Path, config: Any, meta: Any) -> Checkpoint:
     checkpoint = open_checkpoint(path, verify=False)  # inspected just now
     where, theirs = f"objective.judge: {path}", _config_of(checkpoint)
     if theirs.objective.kind != "sequence_scoring":
-        raise UsageError(f"{where} is no sequence scorer (its objective.kind is {theirs.objective.kind}): train one with "
-                         "objective.kind=sequence_scoring model.score=true")
+        raise UsageError(f"{where} is no sequence scorer (its objective.kind is {theirs.objective.kind}): train one "
+                         "with objective.kind=sequence_scoring model.score=true")
     if json.loads(checkpoint.document(TOKENIZER_DOCUMENT)) != json.loads(json.dumps(meta.tokenizer_dict())):
-        raise UsageError(f"{where} has another tokenizer than data.train: its ids mean other texts; train it on data of "
-                         "the same tokenizer")
+        raise UsageError(f"{where} has another tokenizer than data.train: its ids mean other texts; train it on data "
+                         "of the same tokenizer")
     if theirs.model.seq_len < config.model.seq_len:
         raise UsageError(f"{where} has read rows of {theirs.model.seq_len} tokens, and model.seq_len is "
                          f"{config.model.seq_len}: train it on rows as long")
@@ -38,8 +38,8 @@ def check_judge(path: Path, config: Any, meta: Any) -> Checkpoint:
     for name, spec in parameter_table(theirs.model, meta.vocabulary).items():
         stored = checkpoint.tensors.get((name, slot))
         if stored is None or tuple(stored.shape) != spec.shape:
-            raise UsageError(f"{where}: tensor {name} ({slot}) is missing or not of shape {spec.shape}: config.yaml and "
-                             "weights do not belong together; take another checkpoint")
+            raise UsageError(f"{where}: tensor {name} ({slot}) is missing or not of shape {spec.shape}: config.yaml "
+                             "and weights do not belong together; take another checkpoint")
     return checkpoint
 
 

@@ -1,4 +1,4 @@
-"""Evaluation of a classifier of replaced tokens, or a scorer of texts, during training: its loss, in place of a NELBO."""
+"""Evaluation of a classifier of replaced tokens or a scorer of texts in training: its loss, in place of a NELBO."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def evaluate_labels(
     trainer: Trainer, validation: Any, on_batch: Callable[[int], None] | None = None
 ) -> dict[str, float | None]:
     """`val_loss` (nats a maskable token) and each mean of the objective, as `val_label_accuracy`, over
-    `train.eval_draws` looks a row. What is replaced is a function of (row, look) alone. Collective over the data group."""
+    `train.eval_draws` looks a row. What is replaced is a function of (row, look) alone. Collective over the data
+    group."""
     train, mesh, total, means = trainer.config.train, trainer.runtime.mesh, 0.0, []
     trainer.engine.eval()
     for number, index_B in enumerate(batches_of_rank(validation.num_rows, train.micro_batch_size, mesh)):
@@ -48,7 +49,7 @@ def evaluate_labels(
 
 
 def _look(trainer: Trainer, meta: Any, given: np.ndarray | Rows, index_B: np.ndarray, draw: int) -> Corrupted:
-    """The rows at the time (u_r + draw / draws) mod 1; rows of negative index, which keep ranks in step, do not count."""
+    """The rows at the time (u_r + draw / draws) mod 1; rows of negative index keep ranks in step and do not count."""
     config, rows = trainer.config, given if isinstance(given, Rows) else Rows(given, np.ones(given.shape, bool))
     offset_B = row_offsets(EVALUATION_SEED, index_B)
     t_S, attention = wrap_time(offset_B + draw / config.train.eval_draws), None

@@ -45,7 +45,9 @@ def objective_of(config: Any, judge: Judge | None = None) -> Objective:
         def plain(hidden_fn: Callable, corrupted: Corrupted, terms: tuple[Term, ...] = ()):
             masked = partial(masked_diffusion, z_loss=config.diffusion.z_loss, label_smoothing=options.label_smoothing,
                              terms=(*own, *terms), measures=measures)  # fmt: skip
-            return modified(masked, hidden_fn, corrupted, modifiers, judge) if is_modified else masked(hidden_fn, corrupted)
+            if not is_modified:
+                return masked(hidden_fn, corrupted)
+            return modified(masked, hidden_fn, corrupted, modifiers, judge)
 
         if not config.model.critic:
             return plain(hidden_fn, corrupted)

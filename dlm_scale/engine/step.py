@@ -170,9 +170,9 @@ def train_step(trainer: Trainer, batch: Sequence[Corrupted], state: TrainState,
     """Accumulate gradients over `batch`, clip by the global norm, update the weights.
 
     A loss or gradient that is not finite on any rank makes the norm so, which all ranks share: then all of them leave
-    weights and optimizer as they are. Entropy weights are not yet divided by their mean over the global batch, which all
-    micro-batches and ranks share in: as the loss is linear in its inverse, gradient and losses are. `enter` is told each
-    phase as it begins; until `before_update` is called, nothing of the training state changes.
+    weights and optimizer as they are. Entropy weights come undivided by their mean over the global batch, which all
+    micro-batches and ranks share in; the loss being linear in its inverse, gradient and losses are divided here.
+    `enter` is told each phase as it begins; until `before_update` is called, nothing of the training state changes.
 
     Returns device tensors, not yet summed over ranks: `sums` (float64, SCALARS, then BINS, then sum and number of each
     of `means`), `losses` (loss sums of the micro-batches) and `grad_norm` (the true global norm before clipping); and

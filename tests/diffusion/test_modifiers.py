@@ -63,7 +63,8 @@ def batch(rows=np.arange(B), weighting="simple", packed=False):
     x0_BL = np.random.default_rng(0).integers(0, V, (B, L))[rows]
     t_S = stratified_times(1, 0, 2 * B)[: len(rows) * (1 + packed)] if packed else stratified_times(1, 0, B)[rows]
     made = corrupt(x0_BL, np.asarray(rows, np.int64), t_S, seed=1, schedule=SCHEDULES["linear"],
-                   weighting=WEIGHTINGS[weighting], mask_id=V, denominator=B * L, attention=Packed() if packed else None)  # fmt: skip
+                   weighting=WEIGHTINGS[weighting], mask_id=V, denominator=B * L,
+                   attention=Packed() if packed else None)  # fmt: skip
     return dataclasses.replace(made, uniform_BL=fill_uniforms(1, np.asarray(rows), L))
 
 
@@ -95,7 +96,8 @@ def expected_weights(corrupted, table, power, threshold, exponent, use_judge) ->
             factor = min(10.0, max(0.1, (1 / (ratio + 1e-8)) ** power))
             weights[mine] = factor * (b - a) / len(mine)
         if threshold:
-            entropy = np.mean([wrong_entropy(flat[corrupted.rows_N[n]].tolist(), int(corrupted.target_N[n])) for n in mine])
+            logits_n = flat[corrupted.rows_N[mine]].tolist()
+            entropy = np.mean([wrong_entropy(z, int(corrupted.target_N[n])) for z, n in zip(logits_n, mine)])
             u_S.append(1 / (max(entropy, threshold) + 1e-8))
             weights[mine] *= u_S[-1]
         if use_judge:
@@ -106,8 +108,9 @@ def expected_weights(corrupted, table, power, threshold, exponent, use_judge) ->
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
-@pytest.mark.parametrize("power, threshold, use_judge",
-                         [(0.5, 0.0, False), (2.0, 0.0, False), (0.0, 0.65, False), (0.0, 0.0, True), (0.5, 0.65, True)])
+@pytest.mark.parametrize("power, threshold, use_judge", [
+    (0.5, 0.0, False), (2.0, 0.0, False), (0.0, 0.65, False), (0.0, 0.0, True), (0.5, 0.65, True),
+])  # fmt: skip
 def test_weights_and_gradient_are_the_formula(power, threshold, use_judge, packed):
     c, table = batch(packed=packed), logits().requires_grad_()
     modifiers, found = Modifiers(power, threshold, 1.5), {}
@@ -139,8 +142,8 @@ def test_mask_ratio_compensation_is_the_mean_over_rows_of_row_means():
     c, table = batch(), logits()
     weigh = lambda head, corrupted: modified_weights(head, corrupted, Modifiers(0.5))[0]  # noqa: E731
     loss_sum, _ = masked_diffusion(network(table), c, weigh=weigh)
-    ce_BL = F.cross_entropy(table.flatten(0, 1), torch.from_numpy(np.random.default_rng(0).integers(0, V, (B, L))).flatten(),
-                            reduction="none").view(B, L)  # fmt: skip
+    clean_BL = torch.from_numpy(np.random.default_rng(0).integers(0, V, (B, L)))
+    ce_BL = F.cross_entropy(table.flatten(0, 1), clean_BL.flatten(), reduction="none").view(B, L)
     rows = [(len(c.xt_BL[b]) / n) ** 0.5 * ce_BL[b][c.is_masked_BL[b]].mean().item()
             for b in range(B) if (n := int(c.is_masked_BL[b].sum()))]  # fmt: skip
     assert loss_sum.item() / c.denominator == pytest.approx(sum(rows) / B, rel=1e-6)
@@ -149,7 +152,8 @@ def test_mask_ratio_compensation_is_the_mean_over_rows_of_row_means():
 def test_factors_of_a_row_do_not_depend_on_its_batch():
     whole, table = batch(), logits()
     modifiers = Modifiers(0.5, 0.65, 1.0)
-    weights = lambda c, rows: modified_weights(TableHead(table[rows].flatten(0, 1)[c.rows_N]), c, modifiers, judge)  # noqa: E731
+    head_of = lambda c, rows: TableHead(table[rows].flatten(0, 1)[c.rows_N])  # noqa: E731
+    weights = lambda c, rows: modified_weights(head_of(c, rows), c, modifiers, judge)  # noqa: E731
     together, means = weights(whole, np.arange(B))
     parts = [weights(batch(rows), rows) for rows in np.arange(B).reshape(4, 2)]
     assert torch.equal(torch.cat([weight_N for weight_N, _ in parts]), together)

@@ -1,4 +1,4 @@
-"""A sequence scorer from a language model's trunk, through the program: metrics, resume, what refuses it, and as a judge."""
+"""A sequence scorer from a language model's trunk: metrics, resume, what refuses it, and as a judge."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def language_model(config_file, out) -> None:
 
 @pytest.fixture(scope="module")
 def runs(config_file, tmp_path_factory):
-    """A language model; a scorer that starts from it, in one go, and in two parts, the second on two ranks at ZeRO 3."""
+    """A language model; a scorer from it, in one go, and in two parts, the second on two ranks at ZeRO 3."""
     out = tmp_path_factory.mktemp("labels")
     language_model(config_file, out / "lm")
     start = (*FEW, *SCORER, f"model.init_from={out}/lm")
@@ -77,7 +77,8 @@ def test_the_trunk_starts_as_the_language_model_and_its_head_is_new(runs):
     lm, scorer = (open_checkpoint(find_checkpoint(runs / name)[0]) for name in ("lm", "scorer"))
     tensors = [{name for name, slot in each.tensors if slot == "param"} for each in (lm, scorer)]
     assert tensors[1] - tensors[0] == {"head.score.weight"}
-    moved, table = ([each.read(name) for each in (lm, scorer)] for name in ("blocks.0.mlp.down.weight", "embedding.weight"))
+    names = ("blocks.0.mlp.down.weight", "embedding.weight")
+    moved, table = ([each.read(name) for each in (lm, scorer)] for name in names)
     assert 0 < (moved[0] - moved[1]).abs().max() < 0.05 and (table[0] - table[1]).abs().max() < 0.05
 
 
@@ -86,7 +87,8 @@ def test_it_judges_a_language_model(runs, config_file):
                  "objective.entropy_threshold=0.5", f"objective.judge={runs}/scorer")  # fmt: skip
     assert run(config_file, runs / "judged", *FEW, *modifiers) == 0
     for line in (line for line in lines(runs / "judged") if "loss" in line):
-        assert 0.99 < line["entropy_weight"] <= 2 and 0.1 <= line["judge_factor"] <= 10 and 0 < line["judge_wrongness"] < 1
+        assert 0.99 < line["entropy_weight"] <= 2
+        assert 0.1 <= line["judge_factor"] <= 10 and 0 < line["judge_wrongness"] < 1
         assert line["nelbo"] > 1 and line["loss"] > 0
     assert load_for_inference(runs / "judged", "cpu").step == 4
 

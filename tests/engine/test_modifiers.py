@@ -1,5 +1,5 @@
-"""Loss modifiers, and the objectives of replaced tokens, at layouts of two ranks against one plain-torch process that has
-the whole batch, all logits, and float64."""
+"""Loss modifiers, and the objectives of replaced tokens, at layouts of two ranks against one plain-torch process that
+has the whole batch, all logits, and float64."""
 
 from __future__ import annotations
 
@@ -26,20 +26,29 @@ from dlm_scale.errors import UsageError
 from dlm_scale.model.parameters import parameter_table
 from dlm_scale.model.sharding import full_box
 from dlm_scale.model.transformer import Transformer
-from tests.engine.cases import BATCH, case_config, data_of, import_distributed, logical_weights, noisy_values, start_noisy
+from tests.engine.cases import (
+    BATCH,
+    case_config,
+    data_of,
+    import_distributed,
+    logical_weights,
+    noisy_values,
+    start_noisy,
+)
 from tests.engine.test_warm_start import save_weights
 from tests.forked import run_ranks
 
 STEPS, TOLERANCE, VOCAB = 3, 1e-5, 37
 ALL = {"objective__label_smoothing": 0.1, "objective__mask_ratio_power": 0.5, "objective__entropy_threshold": 0.9,
        "objective__judge_exponent": 2.0, "diffusion__weighting": "simple"}  # fmt: skip
+SCORER = {"objective__kind": "sequence_scoring", "model__score": True}
 PACKED = {"data__random_length_share": 0.5}
 KINDS = {
     "all": ALL,
     "packed": ALL | PACKED,
     "labels": {"objective__kind": "token_classification", "model__labels": True} | PACKED,
-    "score": {"objective__kind": "sequence_scoring", "model__score": True, "model__tied": True},
-    "score packed": {"objective__kind": "sequence_scoring", "model__score": True} | PACKED,
+    "score": SCORER | {"model__tied": True},
+    "score packed": SCORER | PACKED,
 }
 # (ZeRO stage, accumulation, kind), at two data-parallel ranks and at two tensor-parallel ones
 CASES = {(1, 2): [(0, 1, "all"), (3, 2, "packed"), (1, 2, "score packed"), (0, 1, "labels")],
@@ -60,7 +69,8 @@ def judge(tmp_path_factory) -> Path:
     config = config_of("score", model__num_layers=1)
     data = data_of(config)
     table, generator = parameter_table(config.model, data.vocabulary), torch.Generator().manual_seed(4)
-    save_weights(out, config, data, {name: torch.randn(spec.shape, generator=generator) for name, spec in table.items()})
+    values = {name: torch.randn(spec.shape, generator=generator) for name, spec in table.items()}
+    save_weights(out, config, data, values)
     return out
 
 
@@ -124,6 +134,12 @@ def brute_force_loss(config, data, corrupted, model, judge) -> tuple[torch.Tenso
     return (weight * loss_N).sum() / corrupted.denominator, means
 
 
+def part_of_trainer(config, data) -> SimpleNamespace:
+    """What `micro_batch` asks of a trainer."""
+    runtime = SimpleNamespace(device=torch.device("cpu"))
+    return SimpleNamespace(config=config, vocabulary=data.vocabulary, runtime=runtime)
+
+
 def run_twin(kind: str, judge_path: Path) -> dict[str, Any]:
     config = config_of(kind, judge_path)
     data, options = data_of(config), config.optimizer
@@ -139,7 +155,7 @@ def run_twin(kind: str, judge_path: Path) -> dict[str, Any]:
         [{"params": [named[n] for n in table if table[n].decays], "weight_decay": options.weight_decay},
          {"params": [named[n] for n in table if not table[n].decays], "weight_decay": 0.0}],
         betas=(options.beta1, options.beta2), eps=options.eps)  # fmt: skip
-    trainer = SimpleNamespace(config=config, vocabulary=data.vocabulary, runtime=SimpleNamespace(device=torch.device("cpu")))
+    trainer = part_of_trainer(config, data)
     lines = []
     for step in range(STEPS):
         times = stratified_times(config.train.seed, step, BATCH)
@@ -147,7 +163,8 @@ def run_twin(kind: str, judge_path: Path) -> dict[str, Any]:
         corrupted = dataclasses.replace(corrupted, denominator=float(corrupted.num_maskable_B.sum()))
         if "objective__kind" in KINDS[kind]:
             loss_sum, stats = objective_of(config)(model, corrupted, step)
-            loss, means = loss_sum / corrupted.denominator, {n: (v[0] / v[1]).item() for n, v in stats.items() if v.shape == (2,)}
+            loss = loss_sum / corrupted.denominator
+            means = {name: (value[0] / value[1]).item() for name, value in stats.items() if value.shape == (2,)}
         else:
             loss, means = brute_force_loss(config, data, corrupted, model, judge)
         optimizer.zero_grad()
@@ -184,7 +201,7 @@ def test_two_ranks_equal_the_brute_force(layout, judge, twins):
 def test_without_modifiers_every_bit_is_as_before():
     config = case_config(data__synthetic_vocab_size=VOCAB)
     data = data_of(config)
-    trainer = SimpleNamespace(config=config, vocabulary=data.vocabulary, runtime=SimpleNamespace(device=torch.device("cpu")))
+    trainer = part_of_trainer(config, data)
     corrupted = micro_batch(trainer, data, np.arange(BATCH), stratified_times(5, 0, BATCH))
     assert corrupted.uniform_BL is None
     model = Transformer(config.model, data.vocabulary)
@@ -221,11 +238,13 @@ def test_what_cannot_judge_is_refused(judge, tmp_path):
     ({"objective__entropy_threshold": 0.1, "diffusion__z_loss": 0.1}, "diffusion.z_loss = 0"),
     ({"objective__judge_exponent": 2.0}, "needs a judge"),
     ({"objective__label_smoothing": 0.1, "objective__kind": "autoregressive"}, "objective.kind = masked alone"),
-    ({"objective__judge": "x", "objective__kind": "sequence_scoring", "model__score": True}, "objective.kind = masked alone"),
+    (SCORER | {"objective__judge": "x"}, "objective.kind = masked alone"),
+    ({"objective__mask_ratio_power": 0.5, "diffusion__weighting": "simple", "model__critic": True,
+      "objective__critic_alpha": 0.5, "objective__critic_weighting": True}, "objective.critic_weighting = true"),
     ({"objective__kind": "sequence_scoring"}, "model.score=true"),
     ({"model__labels": True}, "objective.kind = token_classification"),
-    ({"objective__kind": "sequence_scoring", "model__score": True, "model__time_conditioning": "adaln"}, "tell the network"),
-    ({"objective__kind": "sequence_scoring", "model__score": True, "diffusion__weighting": "simple"}, "fills no masks"),
+    (SCORER | {"model__time_conditioning": "adaln"}, "tell the network"),
+    (SCORER | {"diffusion__weighting": "simple"}, "fills no masks"),
 ])  # fmt: skip
 def test_keys_that_contradict_each_other_are_named(changes, complaint):
     with pytest.raises(UsageError, match=f"(?s){complaint}"):

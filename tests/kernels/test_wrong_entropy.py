@@ -58,9 +58,8 @@ def test_it_is_the_closed_form_and_stays_right_where_that_cancels():
     closed = (-(whole - p_t * p_t.log()) / (1 - p_t) + (1 - p_t).log()) / math.log(V - len(FORBIDDEN) - 1)
     torch.testing.assert_close(ops.wrong_entropy(hidden_ND, weight_VD, target_N, bias_V), closed, rtol=1e-10, atol=0)
     sure_VD = torch.cat([weight_VD, 1e4 * torch.ones(1, D, dtype=torch.float64)])  # p_t = 1 to the last bit
-    here = ops.wrong_entropy(hidden_ND.abs(), sure_VD, torch.full((N,), V), torch.cat([bias_V, torch.zeros(1)]))
-    np.testing.assert_allclose(here, brute_force(hidden_ND.abs(), sure_VD, torch.full((N,), V), torch.cat([bias_V, torch.zeros(1)])),
-                               atol=1e-12)  # fmt: skip
+    sure = (hidden_ND.abs(), sure_VD, torch.full((N,), V), torch.cat([bias_V, torch.zeros(1)]))
+    np.testing.assert_allclose(ops.wrong_entropy(*sure), brute_force(*sure), atol=1e-12)
 
 
 def test_one_wrong_id_has_no_entropy_and_no_row_is_no_error():
