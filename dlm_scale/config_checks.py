@@ -84,9 +84,6 @@ def _head_problems(config: Config) -> Iterator[Problem]:
         yield "objective.critic_end", f"= {objective.critic_end} is before critic_start = {objective.critic_start}"
     if objective.critic_weighting and not objective.critic_alpha:
         yield "objective.critic_weighting", "= true needs a critic that learns: set objective.critic_alpha"
-    if objective.critic_weighting and objective.mask_ratio_power:
-        yield ("objective.mask_ratio_power", f"= {objective.mask_ratio_power} replaces the weights that "
-               "objective.critic_weighting multiplies: leave one out")
 
 
 def _autoregressive_problems(config: Config) -> Iterator[Problem]:
