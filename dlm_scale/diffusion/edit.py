@@ -25,6 +25,7 @@ from dlm_scale.diffusion.corruption import (
 )
 from dlm_scale.diffusion.rng import Stream, counter_of, philox, uniform24
 from dlm_scale.diffusion.segments import row_bounds
+from dlm_scale.diffusion.substitution import other_ids
 
 NO_LOSS = 255  # in the place of a kind
 VISIBLE_LOSSES = ("all", "corrupted")
@@ -167,7 +168,7 @@ def _draw(x0_BL, sample_index_B, maskable_T, visible_T, stretches, edits: Edits,
     ids_C = edits.replacement_ids
     return _Drawn(
         is_substituted_T=is_substituted_T,
-        substitute_T=_other_ids(ids_C, x0_BL.reshape(-1), which[1]),
+        substitute_T=other_ids(x0_BL.reshape(-1), which[1], ids_C),
         is_inserted_T=is_inserted_T,
         inserted_T=ids_C[_scaled(which[2], len(ids_C))],
         is_deleted_T=is_deleted_T,
@@ -183,14 +184,6 @@ def _below(word_T: np.ndarray, probability: float) -> np.ndarray:
 def _scaled(word_T: np.ndarray, size) -> np.ndarray:
     """Random words to integers in [0, size), uniform up to size/2**32."""
     return (word_T.astype(np.uint64) * np.asarray(size, np.uint64) >> np.uint64(32)).astype(np.int64)
-
-
-def _other_ids(ids_C: np.ndarray, own_T: np.ndarray, word_T: np.ndarray) -> np.ndarray:
-    """A uniform one of the ids that is not the own one, where that is among them."""
-    rank_T = np.minimum(np.searchsorted(ids_C, own_T), len(ids_C) - 1)
-    has_own_T = ids_C[rank_T] == own_T
-    drawn_T = _scaled(word_T, len(ids_C) - has_own_T)
-    return ids_C[drawn_T + (has_own_T & (drawn_T >= rank_T))]
 
 
 class _Tokens(NamedTuple):

@@ -70,7 +70,7 @@ def substitute(
 
 
 def other_ids(x0_BL: np.ndarray, word_BL: np.ndarray, ids_K: np.ndarray) -> np.ndarray:
-    """int64 [B, L]: a uniform id of `ids_K` that is not the one there; of K, or of K - 1 where that is among them."""
+    """int64, shaped as x0: a uniform id of `ids_K` that is not the one there; of K, or of K - 1 where that is among them."""
     place_BL = np.minimum(np.searchsorted(ids_K, x0_BL), len(ids_K) - 1)
     is_own_BL = ids_K[place_BL] == x0_BL
     count_BL = (len(ids_K) - is_own_BL).astype(np.uint64)

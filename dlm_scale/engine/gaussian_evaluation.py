@@ -20,7 +20,8 @@ _NO_COLUMN = 0xFFFFFFFF
 
 
 def gaussian_sums(module: Any, device: torch.device, process: Process, mask_id: int, num_draws: int, seed: int) -> Any:
-    """(what `rows` of a dataset gives, row_index_B) -> RowSums of the discrete bound (diffusion/gaussian.py), in two independent replicates.
+    """(what `rows` of a dataset gives, row_index_B) -> RowSums of the discrete bound (diffusion/gaussian.py), in two
+    independent replicates.
 
     A replicate looks at num_draws/2 steps after the process's first one, stratified, each with the weight that makes
     their mean the sum over all of them, and once at the first for the reconstruction. With self-conditioning the
